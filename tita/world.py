@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['THEMES', 'GROUND', 'OBJECTS', 'POPULAR', 'COLORS', 'WORDS', 'LETTERS', 'COUNTS', 'ICONS', 'SIZE', 'CELL', 'ASK',
-           'draw_icon', 'Question', 'Scene', 'render', 'caption', 'ask', 'make_scenes']
+           'CHAT', 'draw_icon', 'Question', 'Scene', 'render', 'caption', 'ask', 'make_scenes', 'vocabulary',
+           'tiny_processor', 'tiny_model', 'tiny_pair', 'world_folder', 'load_models', 'load_strong']
 
 # %% ../nbs/01_world.ipynb #85883d89
 import functools, math, os, random
@@ -167,3 +168,73 @@ def make_scenes(
     "Draw `n` scenes."
     if split not in ("train", "valid", "test"): raise TitaError(f"split {split!r} is none of train, valid, test")
     return [_draw_scene(seed_for("scene", split, biased, seed, i), split, biased=biased) for i in range(n)]
+
+# %% ../nbs/01_world.ipynb #7e135f92
+CHAT = ("{% for m in messages %}{% if m['role'] == 'assistant' %}ASSISTANT: {% else %}{{ bos_token if loop.first else '' }}USER: {% endif %}"
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+        "{{ eos_token if m['role'] == 'assistant' else ' ' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+
+def vocabulary() -> dict:
+    "Every word of the world, after the special tokens."
+    text = " ".join([*ASK.values(), *OBJECTS, *COLORS, *WORDS[0], *WORDS[1], *COUNTS, *LETTERS, *"0123456789", "yes no a , ."])
+    words = sorted(set(text.replace("{}", " ").replace("?", " ? ").replace(".", " . ").split()))
+    return {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:", *words])}
+
+# %% ../nbs/01_world.ipynb #601d9248
+def tiny_processor():
+    "The world's `LlavaProcessor`: 80 pixel images in 16 pixel patches, a token a word."
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+    core = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>")); core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.add_special_tokens([AddedToken(t, lstrip=True, rstrip=True) for t in ("<pad>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:")])
+    tok = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"}, padding_side="left", model_max_length=512)
+    images = CLIPImageProcessorPil(size={"height": SIZE, "width": SIZE}, do_center_crop=False)
+    return LlavaProcessor(images, tok, patch_size=CELL, vision_feature_select_strategy="default", chat_template=CHAT, image_token="<image>", num_additional_image_tokens=1)
+
+# %% ../nbs/01_world.ipynb #02fb52aa
+def tiny_model(
+    hidden: int = 64, # width of the language model
+    layers: int = 6, # its depth
+    vision_hidden: int = 88, # width of the tower
+    vision_layers: int = 3, # its depth
+    seed: int = 0, # of the initial weights
+): # LlavaForConditionalGeneration, float32, evaluation mode
+    "An untrained LLaVA of the world's size."
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    vocab = vocabulary(); torch.manual_seed(seed)
+    vision = CLIPVisionConfig(hidden_size=vision_hidden, intermediate_size=2 * vision_hidden, num_hidden_layers=vision_layers, num_attention_heads=4, image_size=SIZE, patch_size=CELL, projection_dim=vision_hidden)
+    text = LlamaConfig(vocab_size=len(vocab), hidden_size=hidden, intermediate_size=5 * hidden // 2, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=512, pad_token_id=vocab["<pad>"], bos_token_id=vocab["<s>"], eos_token_id=vocab["</s>"], tie_word_embeddings=False)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=vocab["<image>"], vision_feature_layer=-1,
+        vision_feature_select_strategy="default", image_seq_length=(SIZE // CELL) ** 2)).eval()
+
+def tiny_pair(seed: int = 0, hidden=(64, 64), layers=(6, 2)):
+    "An untrained base and reward with their processor: same classes as the trained pair, made in memory."
+    return tiny_model(hidden[0], layers[0], seed=seed), tiny_model(hidden[1], layers[1], seed=seed + 50), tiny_processor()
+
+# %% ../nbs/01_world.ipynb #956d8a03
+def world_folder() -> Path:
+    "Where the trained models are: TITA_WORLD, or data/world beside the package."
+    return Path(os.environ.get("TITA_WORLD") or Path(globals().get("__file__", "../tita/world.py")).resolve().parent.parent/"data"/"world")
+
+def _load(seed, name):
+    import torch
+    from transformers import AutoModelForImageTextToText
+    folder = world_folder()/f"seed{seed}"/name
+    if not (folder/"config.json").is_file():
+        raise TitaError(f"{folder}: no trained model here; seeds are 0, 1 and 2, and `python scripts/build_world.py --seed {seed}` makes them")
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+# %% ../nbs/01_world.ipynb #f603aca6
+def load_models(
+    seed: int = 0, # which of the three independently trained sets
+): # base, reward (before DPO) and their processor; float32, evaluation mode
+    "The frozen pair of the embedded world."
+    from transformers import AutoProcessor
+    return _load(seed, "base"), _load(seed, "reward"), AutoProcessor.from_pretrained(world_folder()/f"seed{seed}"/"base")
+
+def load_strong(seed: int = 0):
+    "The stronger base of the same seed."
+    return _load(seed, "strong")
