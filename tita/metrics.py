@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'POPE_PARSERS', 'KINDS', 'Metric', 'per_scene', 'percent', 'parse_yes_no', 'pope', 'plurals',
-           'object_finder', 'read_synonyms', 'chair', 'normalise', 'exact_match', 'vqa_accuracy', 'edit_distance',
-           'anls', 'score', 'resample_counts', 'default_reference', 'bootstrap', 'verdict', 'verdict_of']
+           'object_finder', 'read_synonyms', 'chair', 'normalise', 'exact_match', 'text_match', 'vqa_accuracy',
+           'edit_distance', 'anls', 'score', 'resample_counts', 'default_reference', 'bootstrap', 'verdict',
+           'verdict_of']
 
 # %% ../nbs/40_metrics.ipynb #1123c1de
 import functools, re
@@ -132,10 +133,10 @@ def read_synonyms(
     rows = [[w.strip() for w in line.split(",") if w.strip()] for line in lines]
     return {row[0]: row[1:] for row in rows if row}
 
-# %% ../nbs/40_metrics.ipynb #e76af1a9
+# %% ../nbs/40_metrics.ipynb #e581b3f4
 def chair(
     captions: Sequence[str], # what the model said
-    truths: Sequence[Sequence[str]], # names of the objects in each image
+    truths: Sequence, # names of the objects in each image, or a caption that names them
     objects, # all names that count, or an `object_finder`
     scenes=None, # index of each caption's scene; None: each stands alone
     n: int | None = None, # number of scenes
@@ -143,7 +144,7 @@ def chair(
     "Share of mentions that are invented, of captions with one, and of the objects there that are named."
     if len(captions) != len(truths): raise TitaError(f"{len(captions)} captions for {len(truths)} lists of objects; give one for each")
     find = objects if callable(objects) else object_finder(objects)
-    said, truths = [find(c) for c in captions], [set(t) for t in truths]
+    said, truths = [find(c) for c in captions], [set(find(t) if isinstance(t, str) else t) for t in truths]
     invented = np.array([sum(o not in t for o in s) for s, t in zip(said, truths)], float)
     parts = dict(chair_i=(invented, [len(s) for s in said]), chair_s=(invented > 0, np.ones(len(said))),
         recall=([len(t & set(s)) for s, t in zip(said, truths)], [len(t) for t in truths]))
@@ -171,6 +172,15 @@ def exact_match(
 ) -> float: # 1 or 0
     "Is it the same answer after `normalise`?"
     return float(normalise(answer) in {normalise(t) for t in ([truth] if isinstance(truth, str) else truth)})
+
+# %% ../nbs/40_metrics.ipynb #70a53e85
+def text_match(
+    answer: str, # what the model said
+    truth: str | Sequence[str], # the text in the image, or several that are all right
+) -> float: # 1 or 0
+    "Are these the same letters and digits?"
+    def letters(text): return "".join(c for c in text.lower() if c.isalnum())
+    return float(letters(answer) in {letters(t) for t in ([truth] if isinstance(truth, str) else truth)})
 
 # %% ../nbs/40_metrics.ipynb #b7b6d9da
 def vqa_accuracy(
@@ -200,10 +210,11 @@ def anls(
     away = min((edit_distance(a, t) / max(len(a), len(t), 1) for a, t in forms), default=1.)
     return 1 - away if away < threshold else 0.
 
-# %% ../nbs/40_metrics.ipynb #0f0516bf
-_MATCHED = dict(color=["color_accuracy"], count=["count_accuracy"], text=["sign_accuracy", "text_accuracy"], number=["number_accuracy", "text_accuracy"])
-_GRADED = dict(exact=("exact_match", exact_match), vqa=("vqa_accuracy", vqa_accuracy), anls=("anls", anls))
-KINDS = ("caption", "pope_random", "pope_popular", "pope_adversarial", *_MATCHED, *_GRADED)
+# %% ../nbs/40_metrics.ipynb #bd8fc69a
+_GRADED = dict(  # kind -> how an answer is graded, and the metrics that it counts for
+    color=(exact_match, ["color_accuracy"]), count=(exact_match, ["count_accuracy"]), text=(text_match, ["sign_accuracy", "text_accuracy"]),
+    number=(text_match, ["number_accuracy", "text_accuracy"]), exact=(exact_match, ["exact_match"]), vqa=(vqa_accuracy, ["vqa_accuracy"]), anls=(anls, ["anls"]))
+KINDS = ("caption", "pope_random", "pope_popular", "pope_adversarial", *_GRADED)
 
 def _by_kind(rows) -> dict:
     "Columns (scenes, answers, truths) of each kind of question."
@@ -215,7 +226,7 @@ def _by_kind(rows) -> dict:
         kinds.setdefault(row["kind"], []).append((row["scene"], row["answer"], row["truth"]))
     return {k: tuple(zip(*v)) for k, v in kinds.items()}
 
-# %% ../nbs/40_metrics.ipynb #30a26100
+# %% ../nbs/40_metrics.ipynb #e7020e0f
 def score(
     rows: Sequence[Mapping], # {"scene": index, "kind": one of `KINDS`, "truth": answer or list of objects, "answer": text}
     objects=(), # names of all objects, or an `object_finder`; needed for captions only
@@ -231,10 +242,10 @@ def score(
         elif kind.startswith("pope_"):
             parts += [(k if k == "yes_ratio" else f"{kind}_{k}", v) for k, v in pope(said, truths, parser, scenes, n).items()]
         else:
-            names, grade = (_MATCHED[kind], exact_match) if kind in _MATCHED else ([_GRADED[kind][0]], _GRADED[kind][1])
+            grade, names = _GRADED[kind]
             parts += [(k, per_scene([grade(a, t) for a, t in zip(said, truths)], np.ones(len(said)), scenes, n)) for k in names]
     for k, (num, den) in parts: out[k] = (out[k][0] + num, out[k][1] + den) if k in out else (num, den)
-    order = {k: i for i, k in enumerate(METRICS)} | {name: len(METRICS) for name, _ in _GRADED.values()}
+    order = {k: i for i, k in enumerate([*METRICS, "exact_match", "vqa_accuracy", "anls"])}
     return {k: out[k] for k in sorted(out, key=lambda k: order.get(k, 99)) if detail or k in order}
 
 # %% ../nbs/40_metrics.ipynb #786cc353
