@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'POPE_PARSERS', 'KINDS', 'Metric', 'per_scene', 'percent', 'parse_yes_no', 'pope', 'plurals',
            'object_finder', 'read_synonyms', 'chair', 'normalise', 'exact_match', 'text_match', 'vqa_accuracy',
            'edit_distance', 'anls', 'score', 'resample_counts', 'default_reference', 'bootstrap', 'verdict',
-           'verdict_of']
+           'verdict_of', 'roc', 'calibration']
 
 # %% ../nbs/40_metrics.ipynb #1123c1de
 import functools, re
@@ -330,3 +330,29 @@ def verdict_of(
     "What a cell of `metrics.json` says."
     better = METRICS.get(metric, Metric(metric, 1)).better
     return verdict(cell.get("delta_low"), cell.get("delta_high"), None if better == 0 else better > 0)
+
+# %% ../nbs/40_metrics.ipynb #7ebd8cee
+def roc(
+    scores, # (m,) higher means yes, for instance log p(yes) - log p(no)
+    labels, # (m,) true where yes is right
+) -> tuple[np.ndarray, np.ndarray, float]: # false positive rates, true positive rates, area under the curve
+    "The ROC curve and its area; ties count half."
+    scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
+    if labels.all() or not labels.any(): raise TitaError(f"a ROC curve needs labels of both kinds; all {len(labels)} are {bool(labels.any())}")
+    order = np.argsort(-scores, kind="stable"); last = np.append(np.diff(scores[order]) != 0, True)
+    fpr, tpr = (np.append(0, np.cumsum(x[order])[last] / x.sum()) for x in (~labels, labels))
+    return fpr, tpr, float(np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2))
+
+# %% ../nbs/40_metrics.ipynb #0355ccdf
+def calibration(
+    probabilities, # (m,) how sure the model says it is, 0 to 1
+    right, # (m,) whether it was right
+    bins: int = 10, # of equal width
+) -> dict: # arrays said, true and count of the bins in use; ece, the expected calibration error in percent
+    "Compare what a model says of its certainty with how often it is right."
+    p, right = np.asarray(probabilities, float), np.asarray(right, float)
+    if len(p) and not (0 <= p.min() and p.max() <= 1): raise TitaError(f"probabilities from {p.min():g} to {p.max():g}; they lie between 0 and 1 (exp of log-probabilities?)")
+    where = np.minimum((p * bins).astype(int), bins - 1)
+    count, said, true = (np.bincount(where, w, bins) for w in (np.ones(len(p)), p, right)); used = count > 0
+    said, true, count = said[used] / count[used], true[used] / count[used], count[used]
+    return dict(said=said, true=true, count=count, ece=100 * float(np.sum(count * abs(said - true)) / max(len(p), 1)))
