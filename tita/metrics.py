@@ -15,19 +15,27 @@ from typing import NamedTuple
 import numpy as np
 from .core import TitaError
 
-# %% ../nbs/40_metrics.ipynb #da56b2f8
+# %% ../nbs/40_metrics.ipynb #696c6e23
 class Metric(NamedTuple):
     "How a metric is shown and read."
     title: str # for figures and tables
     better: int # 1: higher is better, -1: lower is better, 0: neither
+    about: str = "" # what it says, for readers who do not know it
 
 METRICS = dict(
-    pope_random_accuracy=Metric("POPE random", 1), pope_popular_accuracy=Metric("POPE popular", 1),
-    pope_adversarial_accuracy=Metric("POPE adversarial", 1), pope_adversarial_f1=Metric("POPE adversarial, F1", 1),
-    chair_i=Metric("CHAIR_i: objects invented", -1), chair_s=Metric("CHAIR_s: captions with one", -1),
-    recall=Metric("Recall: objects named", 1), text_accuracy=Metric("Text read", 1), sign_accuracy=Metric("Signs read", 1),
-    number_accuracy=Metric("Numbers read", 1), color_accuracy=Metric("Colour", 1), count_accuracy=Metric("Count", 1),
-    yes_ratio=Metric("Answers yes", 0))
+    pope_random_accuracy=Metric("POPE random", 1, "right answers to: is there a ...? with absent objects drawn at random"),
+    pope_popular_accuracy=Metric("POPE popular", 1, "the same with absent objects that are frequent elsewhere"),
+    pope_adversarial_accuracy=Metric("POPE adversarial", 1, "the same with absent objects that would fit the scene"),
+    pope_adversarial_f1=Metric("POPE advers. F1", 1, "F1 of the answer yes on these"),
+    chair_i=Metric("CHAIR_i", -1, "objects in captions that are not in the image"),
+    chair_s=Metric("CHAIR_s", -1, "captions with at least one such object"),
+    recall=Metric("Recall", 1, "objects in the image that the caption names"),
+    text_accuracy=Metric("Text read", 1, "signs and handwritten numbers that are read right"),
+    sign_accuracy=Metric("Signs read", 1, "printed words that are read right"),
+    number_accuracy=Metric("Numbers read", 1, "handwritten numbers that are read right"),
+    color_accuracy=Metric("Colour", 1, "colours of objects that are named right"),
+    count_accuracy=Metric("Count", 1, "numbers of objects that are right"),
+    yes_ratio=Metric("Answers yes", 0, "questions answered with yes; half of them should be"))
 
 # %% ../nbs/40_metrics.ipynb #6c0cbc93
 def per_scene(
