@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from .core import TitaError
 
-# %% ../nbs/40_metrics.ipynb #696c6e23
+# %% ../nbs/40_metrics.ipynb #ef8a5736
 class Metric(NamedTuple):
     "How a metric is shown and read."
     title: str # for figures and tables
@@ -23,10 +23,10 @@ class Metric(NamedTuple):
     about: str = "" # what it says, for readers who do not know it
 
 METRICS = dict(
-    pope_random_accuracy=Metric("POPE random", 1, "right answers to: is there a ...? with absent objects drawn at random"),
-    pope_popular_accuracy=Metric("POPE popular", 1, "the same with absent objects that are frequent elsewhere"),
-    pope_adversarial_accuracy=Metric("POPE adversarial", 1, "the same with absent objects that would fit the scene"),
-    pope_adversarial_f1=Metric("POPE advers. F1", 1, "F1 of the answer yes on these"),
+    pope_random_accuracy=Metric("POPE random", 1, "right answers to: is there a ...? Absent objects are drawn at random"),
+    pope_popular_accuracy=Metric("POPE popular", 1, "right answers to: is there a ...? Absent objects are frequent elsewhere"),
+    pope_adversarial_accuracy=Metric("POPE adversarial", 1, "right answers to: is there a ...? Absent objects would fit the scene"),
+    pope_adversarial_f1=Metric("POPE advers. F1", 1, "F1 of the answer yes where absent objects would fit the scene"),
     chair_i=Metric("CHAIR_i", -1, "objects in captions that are not in the image"),
     chair_s=Metric("CHAIR_s", -1, "captions with at least one such object"),
     recall=Metric("Recall", 1, "objects in the image that the caption names"),

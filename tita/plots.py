@@ -35,7 +35,7 @@ class Picture(Figure):
         out = io.BytesIO(); self.savefig(out, format="png", dpi=dpi, facecolor="white"); return out.getvalue()
     def _repr_png_(self): return self.png(80)
 
-# %% ../nbs/60_plots.ipynb #04f5c874
+# %% ../nbs/60_plots.ipynb #781fb0a0
 def styled(func):
     "Draw with the house style, whatever the session's settings are."
     @functools.wraps(func)
@@ -49,9 +49,9 @@ def panels(
     size=(2.1, 1.75), # of one, inches
     **kwargs, # for `Figure.subplots`
 ) -> tuple: # the picture and its n axes
-    "A grid of small axes; what is left over of the last row stays empty."
+    "A grid of small axes, its rows as even as they can be."
     if not n: raise TitaError("nothing to draw; give at least one series")
-    columns = min(columns, n); rows = math.ceil(n / columns)
+    rows = math.ceil(n / columns); columns = math.ceil(n / rows)
     fig = Picture(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False, **kwargs).ravel()
     for ax in axes[n:]: ax.set_visible(False)
@@ -289,7 +289,7 @@ def _forest_panel(ax, metric: str, systems, cells: Mapping, reference: Mapping):
     ax.set(xlim=(-span * 1.06, span * 1.06), ylim=(len(systems) - .4, -.6))
     ax.set_title(metric_title(metric)); ax.spines["left"].set_visible(False); ax.tick_params(axis="y", length=0)
 
-# %% ../nbs/60_plots.ipynb #49ac6817
+# %% ../nbs/60_plots.ipynb #005513e4
 def _forest_alt(data, metrics, systems, titles) -> str:
     "What the forest shows, in words."
     said = []
@@ -313,7 +313,7 @@ def results_forest(
     metrics = [m for m in cells if cells[m]]
     fig, axes = panels(len(metrics), columns, (1.9, .5 + .2 * len(systems)), sharey=True)
     for ax, m in zip(axes, metrics): _forest_panel(ax, m, systems, cells[m], reference)
-    for ax in axes[::min(columns, len(metrics))]:
+    for ax in axes[::axes[0].get_gridspec().ncols]:
         ax.set_yticks(range(len(systems)), [titles.get(s, s) for s in systems], color=INK)
         for label, s in zip(ax.get_yticklabels(), systems): label.set_fontweight("bold" if s == reference.get(s) else "normal")
     fig.supxlabel("difference in percentage points, 95% interval; green: better, orange: worse, hollow: not clear of zero", size=8, color=GREY)

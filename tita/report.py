@@ -6,8 +6,8 @@
 __all__ = ['METHOD', 'CSS', 'CSS_PARTS', 'READING', 'EXAMPLES', 'esc', 'prose', 'image_uri', 'results_table', 'answer_html',
            'pieces_html', 'example_html', 'method_svg', 'Report', 'report_html']
 
-# %% ../nbs/61_report.ipynb #c1ad1737
-import base64, html, io, re
+# %% ../nbs/61_report.ipynb #d89bf547
+import base64, html, io, itertools, re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 import numpy as np
@@ -91,7 +91,7 @@ def _html_table(metrics, rows) -> str:
     body = "".join(f"<tr><th scope='row'>{esc(name)}</th>{''.join(cells)}</tr>\n" for name, cells in rows)
     return f"<div class='wide' tabindex='0' role='region' aria-label='Results'><table class='results'><thead><tr><td></td>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
 
-# %% ../nbs/61_report.ipynb #bc092f5a
+# %% ../nbs/61_report.ipynb #36b1dbb3
 def answer_html(
     tokens: Sequence[str], # token texts of the aligned answer
     rewards: Sequence[float], # one for each, nats
@@ -107,9 +107,9 @@ def answer_html(
 
 def pieces_html(pieces, gone) -> str:
     "Words of an answer, those that are gone struck through."
-    return "".join(f"{' ' if space else ''}{f'<del>{esc(t)}</del>' if g else esc(t)}" for (t, space), g in zip(pieces, gone)).strip()
+    return "".join(f"{' ' if space else ''}{f'<del>{esc(t)}</del>' if g else esc(t)}" for (t, space), g in itertools.zip_longest(pieces, gone)).strip()
 
-# %% ../nbs/61_report.ipynb #79b32d1c
+# %% ../nbs/61_report.ipynb #cd2f0879
 def _reward_list(tokens, rewards) -> str:
     "The rewards as text, for readers who do not point."
     items = ", ".join(f"{esc(t)} {_minus(r, 2)}" for (t, _), r in zip(token_pieces(tokens), rewards))
@@ -126,7 +126,7 @@ def example_html(
     if len(tokens) != len(rewards): raise TitaError(f"the example {example['question']!r} has {len(tokens)} tokens and {len(rewards)} rewards; give one for each")
     was = token_pieces(base.split() if isinstance(base, str) else base); gone, new = changed(was, token_pieces(tokens))
     rows = [("asked", esc(example["question"])), ("base", pieces_html(was, gone) or "<i>nothing</i>"), ("aligned", answer_html(tokens, rewards, limit, new) or "<i>nothing</i>")]
-    if example.get("truth"): rows.append(("true", esc(example["truth"])))
+    if example.get("truth"): rows.append(("true", pieces_html(token_pieces(example["truth"].split()), [])))
     rows = "".join(f"<dt>{k}</dt><dd class='{k}'>{v}</dd>" for k, v in rows)
     image = example.get("image"); small = image is not None and max(np.shape(image)[:2]) <= 256
     picture = "" if image is None else f"<img src='{image_uri(image)}' alt='The image that was asked about: {esc(example['question'])}'{' class=pixels' if small else ''}>"
@@ -151,21 +151,22 @@ def _arrow(*points) -> str:
     "A line through points that ends in an arrow head."
     return f"<polyline points='{' '.join(f'{x},{y}' for x, y in points)}' marker-end='url(#head)'/>"
 
-# %% ../nbs/61_report.ipynb #343e8241
+# %% ../nbs/61_report.ipynb #3989d8e2
 def method_svg() -> str:
     "The flow of the method: training above, answering below."
-    boxes = [_box(0, 22, 136, "unlabelled image", "and a noised view"), _box(176, 22, 136, "small model", "answers both"), _box(352, 22, 136, "preference pairs", "clear over noised"),
-        _box(528, 22, 136, "DPO", "trains the small model"), _box(0, 142, 136, "image + question"), _box(264, 112, 180, "large model, frozen", "log-probabilities", "base"),
-        _box(264, 176, 180, "small model", "reward: after − before", "reward"), _box(528, 142, 50, "+", "", "sum"), _box(624, 142, 136, "next word")]
-    arrows = [_arrow((136, 47), (172, 47)), _arrow((312, 47), (348, 47)), _arrow((488, 47), (524, 47)), _arrow((596, 72), (596, 92), (234, 92), (234, 208), (260, 208)),
-        _arrow((136, 160), (200, 160), (200, 137), (260, 137)), _arrow((136, 174), (200, 174), (200, 194), (260, 194)), _arrow((444, 137), (486, 137), (486, 160), (524, 160)),
-        _arrow((444, 201), (486, 201), (486, 176), (524, 176)), _arrow((578, 167), (620, 167)), _arrow((692, 192), (692, 246), (68, 246), (68, 196))]
-    words = "<text class='l' x='0' y='12'>once: training, without labels</text><text class='l' x='0' y='132'>for every word: answering</text><text class='l m' x='484' y='222'>× λ</text><text class='l m' x='380' y='260'>the word joins what was written</text>"
-    return ("<svg class='flow' viewBox='-2 -2 766 270' role='img' aria-label='Flow of the method: a small model answers on clear and noised views of unlabelled images; "
+    boxes = [_box(0, 22, 150, "unlabelled image", "and a noised view"), _box(190, 22, 150, "small model", "answers both"), _box(380, 22, 150, "preference pairs", "clear over noised"),
+        _box(570, 22, 150, "DPO", "trains the small model"), _box(0, 156, 150, "image + question"), _box(270, 124, 180, "small model", "reward: after − before", "reward"),
+        _box(270, 188, 180, "large model, frozen", "log-probabilities", "base"), _box(530, 156, 50, "+", "", "sum"), _box(622, 156, 138, "next word")]
+    arrows = [_arrow((150, 47), (186, 47)), _arrow((340, 47), (376, 47)), _arrow((530, 47), (566, 47)), _arrow((645, 72), (645, 98), (360, 98), (360, 120)),
+        _arrow((150, 174), (210, 174), (210, 149), (266, 149)), _arrow((150, 188), (210, 188), (210, 213), (266, 213)), _arrow((450, 149), (490, 149), (490, 174), (526, 174)),
+        _arrow((450, 213), (490, 213), (490, 188), (526, 188)), _arrow((580, 181), (618, 181)), _arrow((691, 206), (691, 262), (75, 262), (75, 210))]
+    words = "".join(f"<text class='l{k}' x='{x}' y='{y}'>{t}</text>" for k, x, y, t in (("", 0, 12, "once: training, without labels"), ("", 0, 146, "for every word: answering"),
+        (" m", 490, 142, "× λ"), (" m", 383, 277, "the word joins what was written")))
+    return ("<svg class='flow' viewBox='-2 -2 766 286' role='img' aria-label='Flow of the method: a small model answers on clear and noised views of unlabelled images; "
         "the preference pairs train it by DPO; its reward, times lambda, is added to the frozen large model at every word.'><defs><marker id='head' viewBox='0 0 8 8' refX='7' refY='4' "
         f"markerWidth='7' markerHeight='7' orient='auto'><path d='M0 0L8 4L0 8z'/></marker></defs>{''.join(arrows)}{''.join(boxes)}{words}</svg>")
 
-# %% ../nbs/61_report.ipynb #263d55a8
+# %% ../nbs/61_report.ipynb #032d2444
 CSS = """
 :root{--page:#fff;--card:#f7f8fa;--ink:#20242b;--soft:#5b6370;--rule:#dfe3e8;--blue:#0068a5;--green:#00704f;--red:#b04300;color-scheme:light dark}
 @media(prefers-color-scheme:dark){:root{--page:#16181d;--card:#1e2128;--ink:#e8eaed;--soft:#a3abb8;--rule:#363b45;--blue:#5cb8ee;--green:#4fc79b;--red:#ff9a5c}}
@@ -176,7 +177,7 @@ h1{font-size:2rem;line-height:1.2;margin:0 0 .8rem;letter-spacing:-.01em}h2{font
 p{max-width:44rem;margin:.7rem 0}.lead p{font-size:1.15rem;line-height:1.55}a{color:var(--blue)}
 nav{margin-top:1.2rem;font-size:.9rem}nav a{margin-right:1.1rem;text-decoration:none}nav a:hover{text-decoration:underline}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(12.5rem,1fr));gap:.9rem;margin:1.6rem 0}
-.tile{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:.9rem 1rem}.tile b{display:block;font-size:1.55rem;line-height:1.3;font-variant-numeric:tabular-nums}
+.tile{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:.9rem 1rem}.tile b{display:block;font-size:1.35rem;line-height:1.5;white-space:nowrap;font-variant-numeric:tabular-nums}
 .tile span,.tile small{display:block;font-size:.82rem;line-height:1.4;color:var(--soft)}.tile span{color:var(--ink);font-weight:600;font-size:.9rem}.better b,.better small{color:var(--green)}.worse b,.worse small{color:var(--red)}.tile .about{color:var(--soft)}
 figure{margin:1.4rem 0}figure img{max-width:100%;height:auto;background:#fff;border:1px solid var(--rule);border-radius:10px;padding:.6rem}figcaption{color:var(--soft);font-size:.88rem;max-width:44rem;margin-top:.4rem}
 code{font:.88em ui-monospace,"DejaVu Sans Mono",monospace;background:var(--card);padding:.1em .3em;border-radius:4px;overflow-wrap:anywhere}
@@ -184,13 +185,13 @@ footer{color:var(--soft);font-size:.85rem;padding:2.5rem 1.25rem 3rem}
 @media print{nav,details{display:none}.example,figure,tr{break-inside:avoid}}
 """
 
-# %% ../nbs/61_report.ipynb #1d9a962f
+# %% ../nbs/61_report.ipynb #bfe36f74
 CSS_PARTS = """
 .example{display:grid;grid-template-columns:12rem 1fr;gap:1.4rem;background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:1.1rem;margin:1rem 0}
 .example img{width:100%;border-radius:6px;display:block}.pixels{image-rendering:pixelated}.example dl{display:grid;grid-template-columns:4.2rem 1fr;gap:.45rem .8rem;margin:0}
 dt{color:var(--soft);font-size:.85rem;padding-top:.15rem}dd{margin:0;overflow-wrap:anywhere}.asked{font-weight:600}del{color:var(--red);text-decoration-thickness:2px}
 .note{font-size:.92rem;margin:.8rem 0 0}details{margin-top:.6rem;font-size:.85rem;color:var(--soft)}summary{cursor:pointer}
-.t{position:relative;border-radius:3px;padding:.1em .12em;white-space:pre-wrap}.new{text-decoration:underline;text-decoration-thickness:2px;text-underline-offset:3px}
+.t{position:relative;border-radius:3px;padding:.1em .05em;white-space:pre-wrap}.new{text-decoration:underline;text-decoration-thickness:2px;text-underline-offset:3px}
 .t:hover::after{content:attr(data-r) " nats";position:absolute;left:50%;bottom:115%;transform:translateX(-50%);background:var(--ink);color:var(--page);font-size:.78rem;padding:.1rem .45rem;border-radius:5px;white-space:nowrap;z-index:2}
 .scale{display:flex;align-items:center;gap:.6rem;font-size:.82rem;color:var(--soft);margin:.6rem 0}.scale i{width:9rem;height:.6rem;border-radius:3px}
 .wide{overflow-x:auto;margin:1.2rem 0;border:1px solid var(--rule);border-radius:10px}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
@@ -200,7 +201,7 @@ td small{display:block;color:var(--soft);font-size:.78rem}td.better,td.better sm
 .flow{width:100%;max-width:48rem;height:auto;margin:1.2rem 0;font-size:13px}.flow rect{fill:var(--card);stroke:var(--soft);stroke-width:1}.flow text{fill:var(--ink);text-anchor:middle;font-weight:600}
 .flow .s,.flow .l{fill:var(--soft);font-weight:400;font-size:11.5px}.flow .l{text-anchor:start}.flow .m{text-anchor:middle}.flow polyline{fill:none;stroke:var(--soft);stroke-width:1.3}.flow path{fill:var(--soft)}
 .flow rect.base{stroke:var(--ink);stroke-width:2}.flow rect.reward,.flow rect.sum{stroke:var(--blue);stroke-width:2}
-.made{display:grid;grid-template-columns:10rem 1fr;gap:.3rem 1rem;font-size:.92rem}@media(max-width:640px){.example,.made{grid-template-columns:1fr}.example img{max-width:14rem}}
+.terms{display:grid;grid-template-columns:10rem 1fr;gap:.3rem 1rem;font-size:.92rem}@media(max-width:640px){.example,.terms{grid-template-columns:1fr}.example img{max-width:14rem}}
 """
 
 # %% ../nbs/61_report.ipynb #250a2c8a
@@ -246,7 +247,7 @@ def _write(self: Report, path: str | Path) -> Path:
 
 Report.html, Report.write = _page, _write
 
-# %% ../nbs/61_report.ipynb #315db660
+# %% ../nbs/61_report.ipynb #e17db89e
 def _figure(self: Report,
     fig, # a matplotlib figure, PIL image, or PNG bytes
     caption: str = "", # what to see in it
@@ -254,9 +255,9 @@ def _figure(self: Report,
 ) -> Report:
     "Add a figure."
     image = fig
-    if hasattr(fig, "savefig"): out = io.BytesIO(); fig.savefig(out, format="png", dpi=150, facecolor="white"); image = out.getvalue()
-    alt = alt or getattr(fig, "alt", "") or caption
-    return self.raw(f"<figure><img src='{image_uri(image)}' alt='{esc(alt)}' loading='lazy'><figcaption>{esc(caption)}</figcaption></figure>")
+    if hasattr(fig, "savefig"): out = io.BytesIO(); fig.savefig(out, format="png", dpi=180, facecolor="white"); image = out.getvalue()
+    alt = alt or getattr(fig, "alt", "") or caption; width = f" width='{fig.get_figwidth() * 112:.0f}'" if hasattr(fig, "get_figwidth") else ""
+    return self.raw(f"<figure><img src='{image_uri(image)}' alt='{esc(alt)}'{width}><figcaption>{esc(caption)}</figcaption></figure>")
 
 def _table(self: Report,
     rows: Sequence[Sequence] | Mapping, # rows of values; or results of `bootstrap`
@@ -300,7 +301,7 @@ def _tiles(self: Report,
 
 Report.examples, Report.tiles = _examples, _tiles
 
-# %% ../nbs/61_report.ipynb #9219fbbf
+# %% ../nbs/61_report.ipynb #d1070481
 def _plain(x) -> str:
     "A value for a reader: numbers short, lists and dicts in a line."
     if isinstance(x, Mapping): return ", ".join(f"{k} {_plain(v)}" for k, v in x.items())
@@ -308,20 +309,20 @@ def _plain(x) -> str:
     if isinstance(x, bool) or x is None: return {True: "yes", False: "no", None: "-"}[x]
     return f"{x:.4g}" if isinstance(x, float) else str(x)
 
-def _made(self: Report,
-    info: Mapping, # names and values: `core.run_info()`, seeds, sizes, times
+def _terms(self: Report,
+    info: Mapping, # names and what they are: a glossary, `core.run_info()`, seeds, times
 ) -> Report:
-    "Add how it was made."
-    rows = "".join(f"<dt>{esc(str(k).replace('_', ' '))}</dt><dd>{esc(_plain(v))}</dd>" for k, v in info.items())
-    return self.raw(f"<dl class='made'>{rows}</dl>")
+    "Add a list of terms or facts."
+    rows = "".join(f"<dt>{esc(k.replace('_', ' ') if k.islower() else k)}</dt><dd>{esc(_plain(v))}</dd>" for k, v in info.items())
+    return self.raw(f"<dl class='terms'>{rows}</dl>")
 
 def _method(self: Report) -> Report:
     "Add the method: a drawing and four sentences."
     return self.raw(method_svg()).text(METHOD)
 
-Report.made, Report.method = _made, _method
+Report.terms, Report.method = _terms, _method
 
-# %% ../nbs/61_report.ipynb #539c593b
+# %% ../nbs/61_report.ipynb #e1ea59c4
 READING = """Each number is a score in percent. The smaller numbers are the 95% interval of the difference from the reference on the same scenes, by a bootstrap over scenes; a reference has the interval of its own score. Where the interval leaves out zero the cell is **coloured and marked**: ▲ better, ▼ worse, ◆ different where no direction is better. Of a hundred such intervals about five leave out zero by chance, so trust patterns more than single cells."""
 
 def report_html(
@@ -341,10 +342,11 @@ def report_html(
     if shown := [m for m in headline if m in there]: page.tiles(results, system, shown, default_reference(results["systems"])[system])
     if examples: page.section("What was asked, and what was answered", EXAMPLES).examples(examples)
     page.section("How it works").method().section("What it brought", READING).table(results, titles=titles)
-    if glossary: page.made({titles.get(k, k): v for k, v in glossary.items()})
+    page.terms({metric_title(m): METRICS[m].about for m in METRICS if any(m in v for v in results["systems"].values())})
+    if glossary: page.text("The rows:").terms({titles.get(k, k): v for k, v in glossary.items()})
     if figures: page.section("Figures")
     for fig, caption in figures: page.figure(fig, caption)
-    if info: page.section("How this was made").made(info)
+    if info: page.section("How this was made").terms(info)
     return page.html()
 
 EXAMPLES = """The base is the large model alone. Words that it said and that the aligned answer has not are struck through; words that are new are underlined. The colour of a word is its reward: **blue** where the small model pulled towards it, **orange** where it pulled away. Point at a word for the number. ∎ is the end of the answer."""
