@@ -1,0 +1,67 @@
+"""What the benchmark client itself costs: wall time against the ideal, CPU time a request, and the ratio to asking one by one.
+
+    python scripts/bench_client.py [--questions 500] [--latency 0.05] [--concurrency 32] [--tokens 4] [--image] [--out FILE]
+
+The server is a stand-in on this machine, in a process of its own, that answers after LATENCY seconds. Ideal is the time in which
+CONCURRENCY perfect users would have asked everything. The baseline asks one question after the other and sleeps a second
+after each; it is measured on a few questions and extrapolated.
+"""
+import argparse, json, math, os, sys, tempfile, time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/"tests"))
+from standin import standin
+from tita.client import Settings
+from tita.core import run_info, write_json
+from tita.load import Load, read_questions, run_load
+from tita.providers import any_endpoint
+
+
+def make_questions(folder: Path, n: int, image: bool) -> list:
+    "Questions, and one image that all of them are about."
+    from PIL import Image
+    Image.radial_gradient("L").resize((320, 320)).convert("RGB").save(folder/"image.png")
+    rows = [dict(question_id=i, text=f"What is {i} plus 1?", image="image.png" if image else "") for i in range(n)]
+    (folder/"q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return read_questions(folder/"q.jsonl", folder)
+
+
+def measure(url, questions, folder, concurrency, name) -> dict:
+    "Wall and CPU seconds of one run."
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = run_load(questions, [any_endpoint(url, "m")], folder/f"{name}.jsonl", folder, Settings(retries=0), [Load(concurrency)])
+    assert result["failed"] == 0 and result["asked"] == len(questions), result
+    return dict(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
+
+
+def one_by_one(url, latency: float, n: int = 3) -> float:
+    "Seconds a question when each waits for the last one and then for a second."
+    from openai import OpenAI
+    client = OpenAI(base_url=url, api_key="none"); start = time.perf_counter()
+    for i in range(n):
+        client.chat.completions.create(model="m", messages=[dict(role="user", content=f"What is {i} plus 1?")], max_tokens=1024, temperature=.1)
+        time.sleep(1)
+    return (time.perf_counter() - start) / n
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--questions", type=int, default=500); p.add_argument("--latency", type=float, default=.05); p.add_argument("--concurrency", type=int, default=32)
+    p.add_argument("--tokens", type=int, default=4, help="tokens in an answer"); p.add_argument("--image", action="store_true", help="send an image with each question")
+    p.add_argument("--repeat", type=int, default=3, help="runs, of which the fastest counts"); p.add_argument("--out", help="write the numbers as JSON")
+    a = p.parse_args(); os.environ.setdefault("TITA_PROGRESS", "0")
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(tmp); questions = make_questions(folder, a.questions, a.image)
+        with standin(models={"m": dict(delay=a.latency, prefix="so " * max(0, a.tokens - 4))}) as url:
+            measure(url, questions[:8], folder, 8, "warm")
+            runs = [measure(url, questions, folder, a.concurrency, f"run{i}") for i in range(a.repeat)]
+            single = one_by_one(url, a.latency)
+    best = min(runs, key=lambda r: r["wall"]); ideal = math.ceil(a.questions / a.concurrency) * a.latency
+    result = dict(questions=a.questions, latency=a.latency, concurrency=a.concurrency, tokens=a.tokens, image=a.image, ideal=ideal, wall=best["wall"], ratio=best["wall"] / ideal,
+        cpu_ms=1e3 * min(r["cpu"] for r in runs) / a.questions, one_by_one=single * a.questions, faster=single * a.questions / best["wall"], runs=runs, machine=run_info(("openai",)))
+    print(f"{a.questions} questions of {1e3 * a.latency:g} ms, {a.concurrency} at once: {best['wall']:.2f} s, {result['ratio']:.2f} x the ideal {ideal:.2f} s; "
+        f"{result['cpu_ms']:.1f} ms CPU a request; one by one {single * a.questions:.0f} s, {result['faster']:.0f} x as long")
+    if a.out: write_json(a.out, result)
+
+
+if __name__ == "__main__": main()
