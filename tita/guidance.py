@@ -162,7 +162,7 @@ class Guidance:
     @property
     def lazy(self) -> bool: "Whether a lead of the base can settle a greedy token (see `settled`)."; return self.bound is not None and math.isfinite(self.bound)
 
-# %% ../nbs/30_guidance.ipynb #00ec3093
+# %% ../nbs/30_guidance.ipynb #d01a5c72
 def _logps(logits: Tensor) -> Tensor: return logits.float().log_softmax(-1)
 
 @patch
@@ -178,10 +178,10 @@ def __call__(self: Guidance,
     rewards: list[Tensor] = (), # each (..., V) logits
     references: list[Tensor] = (), # each (..., V) logits
 ) -> tuple[Tensor, Tensor]: # (..., V) log p up to a constant, and (..., V) the signal; float32
-    "The scores of the next token and the signal in them."
-    base, rewards, references = _logps(base), [_logps(r) for r in rewards], [_logps(r) for r in references]
-    step = Step(base, rewards, references, signal(self.form, base, rewards, references, self.weights))
+    "The scores of the next token, in the base's own scale, and the signal in them."
+    logps, rewards, references = _logps(base), [_logps(r) for r in rewards], [_logps(r) for r in references]
+    step = Step(logps, rewards, references, signal(self.form, logps, rewards, references, self.weights))
     gate, bound = parse_gate(self.gate), math.inf if self.bound is None else self.bound
-    scores = guide(base, step.signal, self.strength(step), bound, 1. if gate is None else gate(base))
-    if self.plausibility: scores = scores.masked_fill(~plausible(base, self.plausibility), -math.inf)
+    scores = guide(base.float(), step.signal, self.strength(step), bound, 1. if gate is None else gate(logps))
+    if self.plausibility: scores = scores.masked_fill(~plausible(logps, self.plausibility), -math.inf)
     return scores, step.signal
