@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'implicit_reward', 'margin', 'sigmoid_loss', 'hinge_loss', 'ipo_loss', 'dpo_loss', 'fill_batches',
-           'ImageSampler', 'TreeCollator', 'PrefixSharedDPOConfig', 'as_rows', 'fit_rows', 'tokenised', 'TreeForward',
-           'PrefixSharedDPOTrainer']
+           'ImageSampler', 'TreeCollator', 'TreeOptions', 'PrefixSharedDPOConfig', 'as_rows', 'fit_rows', 'tokenised',
+           'TreeForward', 'PrefixSharedDPOTrainer']
 
-# %% ../nbs/20_dpo.ipynb #1358c25f
+# %% ../nbs/20_dpo.ipynb #0a431c8e
 from dataclasses import dataclass, field
 from functools import partial
-import torch, torch.nn.functional as F
+import warnings, torch, torch.nn.functional as F
 from torch import Tensor
 from datasets import Dataset, Image as ImageFeature, Sequence
 from trl import DPOConfig, DPOTrainer
@@ -125,19 +125,35 @@ class TreeCollator:
             if k in rows[0]: batch[k] = torch.tensor([row[k] for row in rows])
         return batch
 
-# %% ../nbs/20_dpo.ipynb #fee74b25
+# %% ../nbs/20_dpo.ipynb #af0aa175
 @dataclass
-class PrefixSharedDPOConfig(DPOConfig):
-    "`DPOConfig`, and what concerns images and trees."
-    share: str = field(default="image", metadata={"help": "What shares a prefix: all rows about an 'image', the two answers of a 'pair', or 'none'.", "choices": ["image", "pair", "none"]})
+class TreeOptions:
+    "What concerns images, trees and the machine; to be mixed into a TRL config."
+    share: str = field(default="image", metadata={"help": "What shares a prefix: all rows about an 'image', the answers of a 'pair', or 'none'.", "choices": ["image", "pair", "none"]})
     freeze_vision: bool = field(default=True, metadata={"help": "Do not train the vision tower; its features are then computed once per image."})
     freeze_projector: bool = field(default=False, metadata={"help": "Do not train the projector either."})
     projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector, if it differs."})
-    chosen_weight: float = field(default=0.0, metadata={"help": "Weight of -log p(chosen), summed over its tokens, in the loss."})
     too_long: str = field(default="error", metadata={"help": "What to do with rows longer than max_length (or the model's context): 'error' or 'drop'. Nothing is ever cut.", "choices": ["error", "drop"]})
     feature_cache_gb: float = field(default=4.0, metadata={"help": "Main memory for features of the frozen tower, in GiB."})
     image_cache_gb: float = field(default=1.0, metadata={"help": "Main memory for processed images, in GiB."})
     max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; None: the model's context."})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Compute activations twice to save memory. None: on a GPU only."})
+
+    def __post_init__(self):
+        gpu = torch.cuda.is_available() and not self.use_cpu
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None: self.bf16 = gpu and torch.cuda.is_bf16_supported() and not self.fp16
+        if self.gradient_checkpointing is None: self.gradient_checkpointing = gpu
+        if not gpu: self.dataloader_pin_memory = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers has renamed an option that TRL sets
+            super().__post_init__()
+
+# %% ../nbs/20_dpo.ipynb #53b80751
+@dataclass
+class PrefixSharedDPOConfig(TreeOptions, DPOConfig):
+    "`DPOConfig`, and what concerns images and trees. Left alone, it takes what the machine offers: bf16 on a GPU, float32 on a CPU."
+    chosen_weight: float = field(default=0.0, metadata={"help": "Weight of -log p(chosen), summed over its tokens, in the loss."})
     precompute_ref_log_probs: bool = field(default=True, metadata={"help": "Compute the reference's log-probabilities once, before training."})
 
 # %% ../nbs/20_dpo.ipynb #4d00fd26
@@ -187,7 +203,7 @@ def tokenised(
     if sort: rows.sort(key=lambda r: r["image_ids"][:1])
     return Dataset.from_list(rows)
 
-# %% ../nbs/20_dpo.ipynb #00161a8f
+# %% ../nbs/20_dpo.ipynb #507d06a9
 class TreeForward:
     "For a trainer: forward trees where it would forward rows."
     def _plant(self, model, processor, args, image_root=None):
@@ -199,8 +215,9 @@ class TreeForward:
 
     def _tree_forward(self, model, tree, labels, input_ids=None, attention_mask=None, **kwargs):
         "Called like the model on TRL's batch; answers with the heads' output for the answers' tokens."
-        inputs = tree["inputs"] | {"attention_mask": fit_mask(self.model, tree["inputs"]["attention_mask"])}
-        with gathered(self.model, tree["rows"], tree["cols"]), self.cache.using(tree["images"]):
+        inner = self.accelerator.unwrap_model(model)  # the policy or a reference, out of DDP or DeepSpeed
+        inputs = tree["inputs"] | {"attention_mask": fit_mask(inner, tree["inputs"]["attention_mask"])}
+        with gathered(inner, tree["rows"], tree["cols"]), self.cache.using(tree["images"]):
             return model(**inputs, shift_labels=labels[:, 1:], **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):

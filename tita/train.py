@@ -6,8 +6,8 @@
 __all__ = ['read_pairs', 'configure', 'mark_whole', 'last_checkpoint', 'claim_run', 'show_progress', 'dress', 'model_card',
            'summary', 'finish_run', 'plain_model', 'train_dpo', 'load_run']
 
-# %% ../nbs/22_train.ipynb #8da5ca3b
-import contextlib, dataclasses, json, os, shutil, time, warnings
+# %% ../nbs/22_train.ipynb #3e78552b
+import contextlib, dataclasses, difflib, json, os, shutil, time, warnings
 from pathlib import Path
 from .core import TitaError, image_path, iter_jsonl, prepare_output, progress, run_info, stable_hash, write_json, write_text
 
@@ -38,28 +38,20 @@ def read_pairs(
     if not rows: raise TitaError(f"{', '.join(map(str, files))}: no pairs; check what made the file")
     return rows
 
-# %% ../nbs/22_train.ipynb #7385af50
+# %% ../nbs/22_train.ipynb #1b45087b
 def configure(
     output_dir, # the run's folder
     config_class=None, # a TRL config; None: PrefixSharedDPOConfig
     **config, # any of its fields
 ): # the config
-    "A training configuration that fits the machine. Raises `TitaError` for a field that does not exist."
-    import torch
+    "A training configuration. Raises `TitaError` for an option that does not exist or does not fit."
     from tita.dpo import PrefixSharedDPOConfig
     cls = config_class or PrefixSharedDPOConfig; known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(config) - known): raise TitaError(f"no such training option: {', '.join(unknown)}{_near(unknown[0], known)}")
-    gpu = torch.cuda.is_available() and not config.get("use_cpu")
-    here = dict(use_cpu=not gpu, bf16=gpu and torch.cuda.is_bf16_supported() and not config.get("fp16"), gradient_checkpointing=gpu, dataloader_pin_memory=gpu)
-    usual = dict(report_to="tensorboard", save_total_limit=2, logging_steps=10, disable_tqdm=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # TRL sets an option that transformers has renamed
-        try: return cls(output_dir=str(output_dir), **(usual | here | config))
-        except ValueError as e: raise TitaError(str(e)) from None
-
-def _near(word, known):
-    import difflib
-    return f"; did you mean {m[0]}?" if (m := difflib.get_close_matches(word, known, 1)) else ""
+    for name in config:
+        near = difflib.get_close_matches(name, known, 1)
+        if name not in known: raise TitaError(f"no such training option: {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    try: return cls(output_dir=str(output_dir), **(dict(report_to="tensorboard", save_total_limit=2, disable_tqdm=True) | config))
+    except ValueError as e: raise TitaError(str(e)) from None
 
 # %% ../nbs/22_train.ipynb #2414bdf4
 _WHOLE = "complete.json"

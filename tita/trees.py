@@ -177,7 +177,7 @@ def _open(source) -> Image.Image:
     if isinstance(source, dict): source = source["path"] if source.get("bytes") is None else io.BytesIO(source["bytes"])
     return open_image(source)
 
-# %% ../nbs/19_trees.ipynb #e464a0f3
+# %% ../nbs/19_trees.ipynb #bc479e92
 class ImageStore:
     "Images of a data set by number, each processed once while memory allows."
     def __init__(self,
@@ -203,8 +203,8 @@ class ImageStore:
     def tokens(self, number: int) -> list:
         "What replaces the placeholder. Where that is the same for every size, the image is not opened for it."
         if self._constant is None:
-            small, wide = (self._ask(Image.new("RGB", size))["input_ids"][0].tolist() for size in ((64, 64), (224, 96)))
-            self._constant = small if small == wide else ()
+            probes = [self._ask(Image.new("RGB", size))["input_ids"][0].tolist() for size in ((30, 30), (64, 64), (512, 512), (640, 96))]
+            self._constant = probes[0] if all(p == probes[0] for p in probes) else ()
         return self._constant or self._item(number)[0]
 
     def inputs(self,

@@ -1,0 +1,117 @@
+"""What the training notebooks cannot show: exactness against TRL for two families, processes that are killed, several processes, command lines."""
+import copy, os
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+import pytest, torch
+from PIL import Image
+from datasets import Dataset, Features, Image as ImageFeature, List, Value
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
+from trl import DPOConfig, DPOTrainer
+from tita.dpo import PrefixSharedDPOConfig, PrefixSharedDPOTrainer
+from tita.world import make_scenes, tiny_pair
+
+QUESTIONS = "what is it ?", "is there a red square in this image ?", "say"
+ANSWERS = "a red square", "it is blue", "yes", "no there is none in it at all", "blue"
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }} {% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+            "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}")
+
+
+class ImageQwen(Qwen2_5_VLProcessor):
+    "Qwen2.5-VL's processor without its video part, which needs torchvision."
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id, self.video_token_id = (tokenizer.convert_tokens_to_ids(t) for t in (self.image_token, self.video_token))
+        super(Qwen2_5_VLProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
+
+
+def tiny_qwen():
+    special = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
+    words = special + sorted(set(" ".join((*QUESTIONS, *ANSWERS, "user assistant")).split()))
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<|endoftext|>")); tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok.add_special_tokens(special)
+    tok = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<|endoftext|>", eos_token="<|im_end|>", unk_token="<|endoftext|>")
+    processor = ImageQwen(Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=84 * 84), tok, chat_template=TEMPLATE)
+    ids = {k: words.index(v) for k, v in dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>").items()}
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(**ids, tie_word_embeddings=False,
+        vision_config=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=48, fullatt_block_indexes=[1], window_size=56),
+        text_config=dict(vocab_size=len(words), hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 2, 2]), pad_token_id=0, bos_token_id=None, eos_token_id=2))
+    return Qwen2_5_VLForConditionalGeneration(config).float().eval(), processor
+
+
+def tiny_llava():
+    _, model, processor = tiny_pair()
+    return model, processor
+
+
+def rows(n_images=3, questions=2):
+    "Pairs about images of several sizes; the first image has one question more than the last."
+    images = [s.image.resize(size) for s, size in zip(make_scenes(n_images, seed=9), [(56, 56), (84, 56), (28, 84)])]
+    asked = [(i, QUESTIONS[k]) for i in range(n_images) for k in range(questions + (i == 0) - (i == n_images - 1))]
+    return [dict(images=[images[i]], prompt=[dict(role="user", content=q)], chosen=[dict(role="assistant", content=ANSWERS[(i + k) % 5])], rejected=[dict(role="assistant", content=ANSWERS[(i + k + 1 + k % 3) % 5])])
+            for k, (i, q) in enumerate(asked)]
+
+
+def as_dataset(pairs):
+    message = List({"role": Value("string"), "content": Value("string")})
+    return Dataset.from_dict({k: [r[k] for r in pairs] for k in pairs[0]}, features=Features(images=List(ImageFeature()), prompt=message, chosen=message, rejected=message))
+
+
+def loss_and_gradient(trainer):
+    "Of all rows in one batch."
+    if "prompt_ids" in trainer.train_dataset.column_names: batch = trainer.data_collator(list(trainer.train_dataset))
+    else: batch = trainer.data_collator([dict(r) for r in trainer.train_dataset])
+    trainer.model.zero_grad(); trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)); loss.backward()
+    metrics = {k: v[-1] for k, v in trainer._metrics["train"].items()}
+    return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}, metrics
+
+
+def compare(build, tmp_path, lora=False, share="image", tower=False, **settings):
+    model, processor = build()
+    policy = copy.deepcopy(model)
+    with torch.no_grad():
+        g = torch.Generator().manual_seed(1)
+        for p in policy.parameters(): p += 0.02 * torch.randn(p.shape, generator=g)
+    usual = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], per_device_train_batch_size=8, **settings)
+    peft = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False) if lora else None
+    data, ours_model, ref = as_dataset(rows()), copy.deepcopy(policy), None if lora else model
+    if not tower:
+        for n, p in policy.named_parameters(): p.requires_grad_("vision_tower" not in n and not ("visual" in n and "merger" not in n))
+    trl = DPOTrainer(model=policy, ref_model=copy.deepcopy(ref), args=DPOConfig(str(tmp_path / "trl"), max_length=None, **usual), train_dataset=data, processing_class=processor, peft_config=peft)
+    theirs = loss_and_gradient(trl)
+    ours = PrefixSharedDPOTrainer(model=ours_model, ref_model=copy.deepcopy(ref), args=PrefixSharedDPOConfig(str(tmp_path / "ours"), share=share, freeze_vision=not tower, **usual), train_dataset=data,
+        processing_class=processor, peft_config=peft)
+    if lora: ours.model.load_state_dict(trl.model.state_dict())
+    mine = loss_and_gradient(ours)
+    assert mine[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert mine[1].keys() == theirs[1].keys()
+    scale = max(g.abs().max() for g in theirs[1].values())
+    for name, grad in theirs[1].items(): torch.testing.assert_close(mine[1][name], grad, rtol=1e-4, atol=1e-5 * scale, msg=lambda m: f"{name}: {m}")
+    for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy"): assert mine[2][key] == pytest.approx(theirs[2][key], rel=1e-4, abs=1e-5), key
+    return ours
+
+
+@pytest.mark.parametrize("build", [tiny_llava, tiny_qwen])
+@pytest.mark.parametrize("lora", [False, True])
+def test_equals_trl(build, lora, tmp_path): compare(build, tmp_path, lora)
+
+
+@pytest.mark.parametrize("settings", [dict(share="pair"), dict(share="none"), dict(tower=True), dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
+    dict(loss_type=["ipo"]), dict(loss_type=["sigmoid_norm", "hinge"]), dict(use_weighting=True), dict(ld_alpha=0.5), dict(f_divergence_type="js_divergence")], ids=str)
+def test_settings_equal_trl(settings, tmp_path): compare(tiny_llava, tmp_path, **settings)
+
+
+def test_tower_of_patches_is_cached(tmp_path):
+    "Qwen2.5-VL's tower gives the patches of all images in one row; they are told apart by the grid."
+    ours = compare(tiny_qwen, tmp_path)
+    assert not ours.cache.kept  # the merger is trained, and it is part of the tower's forward
+    frozen = PrefixSharedDPOTrainer(model=tiny_qwen()[0], args=PrefixSharedDPOConfig(str(tmp_path / "frozen"), freeze_projector=True, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[]),
+        ref_model=tiny_qwen()[0], train_dataset=as_dataset(rows()), processing_class=ours.processing_class)
+    calls = frozen.cache.calls
+    assert frozen.cache.complete(3) or frozen.ref_model is not None
+    first = loss_and_gradient(frozen); again = loss_and_gradient(frozen)
+    assert frozen.cache.complete(3) and first[0] == pytest.approx(again[0], rel=1e-6) and frozen.cache.calls <= calls + 1
