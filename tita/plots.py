@@ -57,7 +57,11 @@ def panels(
     for ax in axes[n:]: ax.set_visible(False)
     return fig, axes[:n]
 
-# %% ../nbs/60_plots.ipynb #9d86f270
+# %% ../nbs/60_plots.ipynb #e3e0f85b
+def _show(ax, image):
+    "An image without axes, small ones pixel by pixel."
+    ax.imshow(np.asarray(image), interpolation="nearest" if np.shape(image)[0] < 200 else "antialiased"); ax.axis("off")
+
 @styled
 def view_grid(
     images: Sequence, # PIL images or (height, width, 3) arrays
@@ -68,7 +72,7 @@ def view_grid(
     "Images side by side with their names."
     fig, axes = panels(len(images), columns, (size, size * (1.18 if titles else 1)))
     for i, (ax, image) in enumerate(zip(axes, images)):
-        ax.imshow(np.asarray(image), interpolation="nearest" if np.shape(image)[0] < 200 else "antialiased"); ax.axis("off")
+        _show(ax, image)
         if i < len(titles): ax.set_title(titles[i], loc="center", fontsize=8.5, color=INK)
     fig.alt = "Images: " + ", ".join(titles) if titles else f"{len(images)} images"
     return fig
@@ -141,7 +145,7 @@ def flow(
         out.append((x + gap, line, w)); x += gap + w
     return out
 
-# %% ../nbs/60_plots.ipynb #94b79891
+# %% ../nbs/60_plots.ipynb #3f0a2f35
 def _draw_words(ax, pieces, x: float, y: float, width: float, size: float, grounds=None, marks=None, strike=False) -> float:
     "Draw pieces from (x, y) downwards, coloured or marked; returns the y below them."
     places, step = flow(pieces, width, size, pad=.8), 1.62 * size
@@ -153,6 +157,7 @@ def _draw_words(ax, pieces, x: float, y: float, width: float, size: float, groun
         if marked: ax.plot([left + .8, left + w - .8], [base + (.32 if strike else -.28) * size] * 2, color=RED if strike else INK, lw=1)
     return y - (places[-1][1] + 1 if places else 1) * step
 
+# %% ../nbs/60_plots.ipynb #f2efd23a
 def _color_bar(ax, x: float, y: float, limit: float, width: float = 96):
     "A small scale of rewards, its left end at (x, y)."
     for i, r in enumerate(np.linspace(-limit, limit, 64)):
@@ -161,7 +166,7 @@ def _color_bar(ax, x: float, y: float, limit: float, width: float = 96):
     for f, text in ((0, f"−{limit:.1f}"), (.5, "0"), (1, f"+{limit:.1f}")): ax.text(x + f * width, y - 9, text, size=7, color=GREY, ha="center")
     ax.text(x + width + 14, y - .5, "reward of a token, nats", size=7.5, color=GREY)
 
-# %% ../nbs/60_plots.ipynb #6bdab9ba
+# %% ../nbs/60_plots.ipynb #32053005
 @styled
 def token_heatmap(
     image, # PIL image or array; None for a text alone
@@ -185,7 +190,7 @@ def token_heatmap(
     for label, pieces, look in parts:
         ax.text(left + 50, y, label, size=8, color=GREY, ha="right"); y = _draw_words(ax, pieces, left + 58, y, room, 10, **look) - 6
     _color_bar(ax, left + 66, 15, limit)
-    if left: fig.add_axes((6 / 72 / width, 1 - 112 / height, 106 / 72 / width, 106 / height), xticks=[], yticks=[]).imshow(np.asarray(image), interpolation="nearest" if np.shape(image)[0] < 200 else "antialiased")
+    if left: _show(fig.add_axes((6 / 72 / width, 1 - 112 / height, 106 / 72 / width, 106 / height)), image)
     fig.alt = f"Asked: {question} Base: {' '.join(t for t, _ in was)} Aligned, with rewards: " + " ".join(f"{t} ({r:+.1f})" for (t, _), r in zip(said, rewards))
     return fig
 
@@ -202,7 +207,7 @@ def smooth(
 CURVES = {"loss": ("Loss", math.log(2)), "rewards/margins": ("Margin of the pair, nats", 0.), "rewards/accuracies": ("Pairs ranked right", .5),
     "kl": ("KL to the base, nats", None)}
 
-# %% ../nbs/60_plots.ipynb #c0e29621
+# %% ../nbs/60_plots.ipynb #9fa71677
 @styled
 def training_curves(
     history: Sequence[Mapping], # logged rows with "step" and any of the names in `CURVES`
@@ -219,17 +224,35 @@ def training_curves(
         if start is not None: ax.axhline(start, color=GREY, lw=.8, ls=":")
         ax.plot(steps, values, color=BLUE, alpha=.22, lw=1); ax.plot(steps, line, color=BLUE)
         ax.annotate(f"{line[-1]:.2f}", (steps[-1], line[-1]), (4, 0), textcoords="offset points", color=BLUE, va="center", size=8)
-        ax.set_title(title); ax.set_xlabel("step"); ax.set_xlim(steps.min(), steps.max() + .14 * max(np.ptp(steps), 1)); ends.append(f"{title.lower()} ends at {line[-1]:.2f}")
+        ax.set(xlabel="step", xlim=(steps.min(), steps.max() + .14 * max(np.ptp(steps), 1))); ax.set_title(title)
+        ends.append(f"{title.lower()} ends at {line[-1]:.2f}")
     fig.alt = "Training curves: " + ", ".join(ends)
     return fig
 
-# %% ../nbs/60_plots.ipynb #fffb07f2
+# %% ../nbs/60_plots.ipynb #08a37c60
 def metric_title(
     name: str, # a metric
 ) -> str: # its title with an arrow in the good direction
     "How a metric is called above a panel: ↑ higher is better, ↓ lower is better."
-    m = METRICS.get(name, Metric(name, 0)); return m.title + {1: " ↑", -1: " ↓"}.get(m.better, "")
+    m = METRICS.get(name, Metric(name, 0)); return m.title + {1: "\u00a0↑", -1: "\u00a0↓"}.get(m.better, "")
 
+def _thin(lams, apart: float = .15) -> list:
+    "Those strengths whose labels do not touch on a square-root axis."
+    out = []
+    for x in lams:
+        if not out or np.sqrt(x) - np.sqrt(out[-1]) >= apart * np.sqrt(lams.max()): out.append(float(x))
+    return out
+
+def _strength_axis(ax, lams, chosen):
+    "A square-root axis with the chosen strength marked."
+    ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square)); ax.set_xlim(lams.min(), lams.max())
+    ax.set_xticks(_thin(lams), [f"{x:g}" for x in _thin(lams)]); ax.minorticks_off()
+    if chosen is None: return
+    ax.axvline(chosen, color=ORANGE, lw=1); right = chosen > .5 * lams.max()
+    ax.annotate(f"λ = {chosen:g}", (chosen, 1), (-3 if right else 3, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
+        color=ORANGE, size=8, va="top", ha="right" if right else "left")
+
+# %% ../nbs/60_plots.ipynb #3362d144
 @styled
 def strength_sweep(
     lams: Sequence[float], # strengths λ, ascending
@@ -246,22 +269,12 @@ def strength_sweep(
         start = (base or {}).get(name, values[0] if lams[0] == 0 else None)
         if start is not None: ax.axhline(start, color=GREY, lw=.9, ls=":")
         ax.fill_between(lams, lows, highs, color=BLUE, alpha=.16, lw=0); ax.plot(lams, values, color=BLUE, marker="o", ms=3)
-        if chosen is not None:
-            ax.axvline(chosen, color=ORANGE, lw=1); ax.annotate(f"λ = {chosen:g}", (chosen, 1), (3, -2), xycoords=("data", "axes fraction"), textcoords="offset points", color=ORANGE, size=8, va="top")
-        ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square)); ax.set_xlim(lams.min(), lams.max())
-        ax.set_xticks(_thin(lams), [f"{x:g}" for x in _thin(lams)]); ax.minorticks_off(); ax.set_title(metric_title(name)); ax.margins(y=.12)
-    axes[0].set_ylabel("percent"); axes[0].set_xlabel("strength λ")
+        _strength_axis(ax, lams, chosen); ax.set_title(metric_title(name)); ax.margins(y=.12)
+    axes[0].set(ylabel="percent", xlabel="strength λ")
     fig.alt = f"Metrics over the strength of the guidance from {lams.min():g} to {lams.max():g}" + (f"; {chosen:g} was chosen" if chosen is not None else "")
     return fig
 
-def _thin(lams, apart: float = .15) -> list:
-    "Those strengths whose labels do not touch on a square-root axis."
-    out = []
-    for x in lams:
-        if not out or np.sqrt(x) - np.sqrt(out[-1]) >= apart * np.sqrt(lams.max()): out.append(float(x))
-    return out
-
-# %% ../nbs/60_plots.ipynb #b473ca95
+# %% ../nbs/60_plots.ipynb #42f29eee
 LOOKS = {"better": GREEN, "worse": RED, "different": BLUE, "no difference": "#8a9099"}
 
 def _span(cells) -> float:
@@ -269,6 +282,7 @@ def _span(cells) -> float:
     ends = np.array([max(abs(c["delta_low"]), abs(c["delta_high"])) for c in cells if c.get("delta_low") is not None] or [1.])
     return max(.5, 1.1 * float(ends[ends <= max(3.5 * np.median(ends), .5)].max()))
 
+# %% ../nbs/60_plots.ipynb #558d76f5
 def _draw_delta(ax, y: int, metric: str, cell: Mapping, span: float):
     "One dot with its interval, or an arrow and the number at the edge."
     look = verdict_of(metric, cell); color = LOOKS[look]; d, lo, hi = cell["delta"], cell["delta_low"], cell["delta_high"]
@@ -279,6 +293,7 @@ def _draw_delta(ax, y: int, metric: str, cell: Mapping, span: float):
     ax.plot([max(lo, -span), min(hi, span)], [y, y], color=color, lw=1.6, solid_capstyle="butt")
     ax.plot(d, y, "o", ms=4.6, mec=color, mfc="white" if look == "no difference" else color, mew=1.2)
 
+# %% ../nbs/60_plots.ipynb #ad6ad3bc
 def _forest_panel(ax, metric: str, systems, cells: Mapping, reference: Mapping):
     "One metric: a row a system, the references' own values in bold."
     span = _span([c for s, c in cells.items() if s != reference.get(s)]); ax.axvline(0, color=RULE, lw=1, zorder=0)
@@ -289,7 +304,7 @@ def _forest_panel(ax, metric: str, systems, cells: Mapping, reference: Mapping):
     ax.set(xlim=(-span * 1.06, span * 1.06), ylim=(len(systems) - .4, -.6))
     ax.set_title(metric_title(metric)); ax.spines["left"].set_visible(False); ax.tick_params(axis="y", length=0)
 
-# %% ../nbs/60_plots.ipynb #005513e4
+# %% ../nbs/60_plots.ipynb #02746953
 def _forest_alt(data, metrics, systems, titles) -> str:
     "What the forest shows, in words."
     said = []
@@ -298,6 +313,7 @@ def _forest_alt(data, metrics, systems, titles) -> str:
         said.append(f"{METRICS.get(m, Metric(m, 0)).title}: {', '.join(clear) or 'none'}")
     return "Differences from the reference in percentage points that are clear of zero. " + "; ".join(said)
 
+# %% ../nbs/60_plots.ipynb #f16d8a58
 @styled
 def results_forest(
     results: Mapping, # what `bootstrap` returned, or a whole metrics.json
@@ -320,9 +336,15 @@ def results_forest(
     fig.alt = _forest_alt(data, metrics, systems, titles)
     return fig
 
-# %% ../nbs/60_plots.ipynb #007ca170
-def count_text(n: float) -> str: "A number of parameters in two figures: 417 thousand is 420k."; return next(f"{float(f'{n / s:.2g}'):g}{u}" for s, u in ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")) if n >= s or s == 1)
+# %% ../nbs/60_plots.ipynb #970b7649
+def count_text(
+    n: float, # a number of parameters
+) -> str: # in two figures: 417 thousand is 420k
+    "A large number for a label."
+    size, unit = next((s, u) for s, u in ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")) if n >= s or s == 1)
+    return f"{float(f'{n / size:.2g}'):g}{unit}"
 
+# %% ../nbs/60_plots.ipynb #21e6efbe
 @styled
 def size_quality(
     points: Mapping[str, tuple], # name -> (parameters, value, low, high)
@@ -336,15 +358,15 @@ def size_quality(
         ax.plot([size, size], [low, high], color=color, lw=1.2); ax.plot(size, value, "o", color=color, ms=5)
         ax.annotate(name, (size, value), (7, 0), textcoords="offset points", va="center", size=8.5, color=color)
     for a, b in arrows: ax.annotate("", points[b][:2], points[a][:2], arrowprops=dict(arrowstyle="->", color=BLUE, lw=1, shrinkA=5, shrinkB=6))
-    sizes = [p[0] for p in points.values()]; ax.set_xscale("log"); ax.set_xlim(min(sizes) / 1.25, max(sizes) * 1.9); ax.minorticks_off()
-    ax.set_xticks(sorted(set(sizes)), [count_text(s) for s in sorted(set(sizes))]); ax.set_xlabel("parameters that answer"); ax.set_title(metric_title(metric) + ", percent")
+    sizes = sorted({p[0] for p in points.values()}); ax.set(xscale="log", xlim=(sizes[0] / 1.25, sizes[-1] * 1.9), xlabel="parameters that answer")
+    ax.minorticks_off(); ax.set_xticks(sizes, [count_text(s) for s in sizes]); ax.set_title(metric_title(metric) + ", percent")
     fig.alt = "Size and quality: " + ", ".join(f"{k}, {count_text(v[0])} parameters, {v[1]:.1f}%" for k, v in points.items())
     return fig
 
-# %% ../nbs/60_plots.ipynb #a7895bf2
+# %% ../nbs/60_plots.ipynb #86df3bde
 @styled
 def yes_curves(
-    systems: Mapping[str, tuple], # name -> (probability of yes, whether yes is right), each (m,)
+    systems: Mapping[str, tuple], # name -> (probability of yes, whether yes is right), each (m,); up to four
     bins: int = 10, # of the calibration
 ) -> Picture:
     "ROC and calibration of yes/no answers."
@@ -352,9 +374,10 @@ def yes_curves(
     for ax in (left, right): ax.plot([0, 1], [0, 1], color=RULE, lw=1); ax.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
     for i, ((name, (p, labels)), color) in enumerate(zip(systems.items(), (GREY, BLUE, ORANGE, GREEN))):
         fpr, tpr, area = roc(p, labels); c = calibration(p, labels, bins); left.plot(fpr, tpr, color=color)
-        left.text(.97, .05 + .085 * (len(systems) - 1 - i), f"{name}: area {area:.2f}", color=color, ha="right", size=8)
         right.plot(c["said"], c["true"], color=color, lw=1); right.scatter(c["said"], c["true"], s=4 + 90 * c["count"] / len(p), color=color, lw=0)
-        right.text(.97, .05 + .085 * (len(systems) - 1 - i), f"{name}: error {c['ece']:.1f}%", color=color, ha="right", size=8); said.append(f"{name} area {area:.2f}, calibration error {c['ece']:.1f}%")
-    left.set_title("Ranking (ROC)"); left.set(xlabel="wrong yes", ylabel="right yes"); right.set_title("Calibration"); right.set(xlabel="says yes with probability", ylabel="share that is yes")
+        for ax, text in (left, f"{name}: area {area:.2f}"), (right, f"{name}: error {c['ece']:.1f}%"):
+            ax.text(.97, .05 + .085 * (len(systems) - 1 - i), text, color=color, ha="right", size=8); said.append(text)
+    left.set(xlabel="wrong yes", ylabel="right yes"); left.set_title("Ranking (ROC)")
+    right.set(xlabel="says yes with probability", ylabel="share that is yes"); right.set_title("Calibration")
     fig.alt = "ROC and calibration: " + "; ".join(said)
     return fig

@@ -73,7 +73,7 @@ def results_table(
     lines = ["| | " + " | ".join(metric_title(m) for m in metrics) + " |", "|---|" + "---|" * len(metrics)]
     return "\n".join(lines + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows])
 
-# %% ../nbs/61_report.ipynb #44363367
+# %% ../nbs/61_report.ipynb #9a0bd1ce
 def _markdown_cell(metric: str, c: Mapping | None, is_reference: bool) -> str:
     if not c or c["value"] is None: return "-"
     if is_reference or c["delta_low"] is None: return f"{c['value']:.1f}"
@@ -89,7 +89,8 @@ def _html_cell(metric: str, c: Mapping | None, is_reference: bool) -> str:
 def _html_table(metrics, rows) -> str:
     head = "".join(f"<th scope='col' title='{esc(METRICS.get(m, Metric(m, 0)).about)}'>{esc(metric_title(m))}</th>" for m in metrics)
     body = "".join(f"<tr><th scope='row'>{esc(name)}</th>{''.join(cells)}</tr>\n" for name, cells in rows)
-    return f"<div class='wide' tabindex='0' role='region' aria-label='Results'><table class='results'><thead><tr><td></td>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+    table = f"<table class='results'><thead><tr><td></td>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+    return f"<div class='wide' tabindex='0' role='region' aria-label='Results'>{table}</div>"
 
 # %% ../nbs/61_report.ipynb #36b1dbb3
 def answer_html(
@@ -109,12 +110,19 @@ def pieces_html(pieces, gone) -> str:
     "Words of an answer, those that are gone struck through."
     return "".join(f"{' ' if space else ''}{f'<del>{esc(t)}</del>' if g else esc(t)}" for (t, space), g in itertools.zip_longest(pieces, gone)).strip()
 
-# %% ../nbs/61_report.ipynb #cd2f0879
+# %% ../nbs/61_report.ipynb #4080f19a
 def _reward_list(tokens, rewards) -> str:
     "The rewards as text, for readers who do not point."
     items = ", ".join(f"{esc(t)} {_minus(r, 2)}" for (t, _), r in zip(token_pieces(tokens), rewards))
     return f"<details><summary>Rewards as numbers (nats)</summary><p>{items}</p></details>"
 
+def _picture(image, question: str) -> str:
+    "The image of an example; small ones are enlarged pixel by pixel."
+    if image is None: return ""
+    small = " class='pixels'" if max(np.shape(image)[:2]) <= 256 else ""
+    return f"<img src='{image_uri(image)}' alt='The image that was asked about: {esc(question)}'{small}>"
+
+# %% ../nbs/61_report.ipynb #d3cfd048
 def example_html(
     example: Mapping, # image, question, base (text or tokens), aligned_tokens, rewards; optional truth, note
     limit: float, # nats of the full colour
@@ -122,16 +130,14 @@ def example_html(
     "One example: image, question, both answers, rewards."
     missing = [k for k in ("question", "base", "aligned_tokens", "rewards") if k not in example]
     if missing: raise TitaError(f"an example has no {missing[0]!r} (found: {', '.join(example)})")
-    base, tokens, rewards = example["base"], example["aligned_tokens"], example["rewards"]
-    if len(tokens) != len(rewards): raise TitaError(f"the example {example['question']!r} has {len(tokens)} tokens and {len(rewards)} rewards; give one for each")
+    question, base, tokens, rewards = (example[k] for k in ("question", "base", "aligned_tokens", "rewards"))
+    if len(tokens) != len(rewards): raise TitaError(f"the example {question!r} has {len(tokens)} tokens and {len(rewards)} rewards; give one for each")
     was = token_pieces(base.split() if isinstance(base, str) else base); gone, new = changed(was, token_pieces(tokens))
-    rows = [("asked", esc(example["question"])), ("base", pieces_html(was, gone) or "<i>nothing</i>"), ("aligned", answer_html(tokens, rewards, limit, new) or "<i>nothing</i>")]
-    if example.get("truth"): rows.append(("true", pieces_html(token_pieces(example["truth"].split()), [])))
-    rows = "".join(f"<dt>{k}</dt><dd class='{k}'>{v}</dd>" for k, v in rows)
-    image = example.get("image"); small = image is not None and max(np.shape(image)[:2]) <= 256
-    picture = "" if image is None else f"<img src='{image_uri(image)}' alt='The image that was asked about: {esc(example['question'])}'{' class=pixels' if small else ''}>"
+    rows = dict(asked=esc(question), base=pieces_html(was, gone), aligned=answer_html(tokens, rewards, limit, new))
+    if example.get("truth"): rows["true"] = pieces_html(token_pieces(example["truth"].split()), [])
+    rows = "".join(f"<dt>{k}</dt><dd class='{k}'>{v or '<i>nothing</i>'}</dd>" for k, v in rows.items())
     note = f"<p class='note'>{esc(example['note'])}</p>" if example.get("note") else ""
-    return f"<article class='example'>{picture}<div><dl>{rows}</dl>{note}{_reward_list(tokens, rewards)}</div></article>"
+    return f"<article class='example'>{_picture(example.get('image'), question)}<div><dl>{rows}</dl>{note}{_reward_list(tokens, rewards)}</div></article>"
 
 # %% ../nbs/61_report.ipynb #aca6726e
 METHOD = """A vision-language model has read that some things go together, and it names them whether it sees them or not. Its weights stay as they are.
@@ -185,7 +191,7 @@ footer{color:var(--soft);font-size:.85rem;padding:2.5rem 1.25rem 3rem}
 @media print{nav,details{display:none}.example,figure,tr{break-inside:avoid}}
 """
 
-# %% ../nbs/61_report.ipynb #bfe36f74
+# %% ../nbs/61_report.ipynb #241390fe
 CSS_PARTS = """
 .example{display:grid;grid-template-columns:12rem 1fr;gap:1.4rem;background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:1.1rem;margin:1rem 0}
 .example img{width:100%;border-radius:6px;display:block}.pixels{image-rendering:pixelated}.example dl{display:grid;grid-template-columns:4.2rem 1fr;gap:.45rem .8rem;margin:0}
@@ -194,9 +200,9 @@ dt{color:var(--soft);font-size:.85rem;padding-top:.15rem}dd{margin:0;overflow-wr
 .t{position:relative;border-radius:3px;padding:.1em .05em;white-space:pre-wrap}.new{text-decoration:underline;text-decoration-thickness:2px;text-underline-offset:3px}
 .t:hover::after{content:attr(data-r) " nats";position:absolute;left:50%;bottom:115%;transform:translateX(-50%);background:var(--ink);color:var(--page);font-size:.78rem;padding:.1rem .45rem;border-radius:5px;white-space:nowrap;z-index:2}
 .scale{display:flex;align-items:center;gap:.6rem;font-size:.82rem;color:var(--soft);margin:.6rem 0}.scale i{width:9rem;height:.6rem;border-radius:3px}
-.wide{overflow-x:auto;margin:1.2rem 0;border:1px solid var(--rule);border-radius:10px}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
-th,td{padding:.45rem .7rem;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}tbody tr:last-child>*{border-bottom:0}thead th,thead td{color:var(--soft);font-weight:600;vertical-align:bottom}
-.results td,.results thead th{text-align:right;white-space:nowrap}.results tbody th{position:sticky;left:0;background:var(--page);font-weight:600;white-space:nowrap}
+.wide{overflow-x:auto;width:max-content;min-width:100%;max-width:96vw;margin:1.2rem 0 1.2rem 50%;transform:translateX(-50%);border:1px solid var(--rule);border-radius:10px}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
+th,td{padding:.4rem .5rem;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}tbody tr:last-child>*{border-bottom:0}thead th,thead td{color:var(--soft);font-weight:600;vertical-align:bottom}
+.results td{text-align:right;white-space:nowrap}.results thead th{text-align:right;min-width:4.6rem;max-width:7rem}.results tbody th{position:sticky;left:0;background:var(--page);font-weight:600;white-space:nowrap}
 td small{display:block;color:var(--soft);font-size:.78rem}td.better,td.better small{color:var(--green);font-weight:600}td.worse,td.worse small{color:var(--red);font-weight:600}td.different small{color:var(--blue);font-weight:600}
 .flow{width:100%;max-width:48rem;height:auto;margin:1.2rem 0;font-size:13px}.flow rect{fill:var(--card);stroke:var(--soft);stroke-width:1}.flow text{fill:var(--ink);text-anchor:middle;font-weight:600}
 .flow .s,.flow .l{fill:var(--soft);font-weight:400;font-size:11.5px}.flow .l{text-anchor:start}.flow .m{text-anchor:middle}.flow polyline{fill:none;stroke:var(--soft);stroke-width:1.3}.flow path{fill:var(--soft)}
