@@ -94,18 +94,18 @@ def reward_rgba(
     strength = min(1., abs(reward) / limit) if np.isfinite(reward) else 0.
     return *(int(c, 16) for c in re.findall("..", (BLUE if reward > 0 else ORANGE)[1:])), round(.7 * strength, 3)
 
-# %% ../nbs/60_plots.ipynb #97ac9b77
+# %% ../nbs/60_plots.ipynb #df1d1efb
 _SPACE = ("▁", "Ġ", " ")
 _END = re.compile(r"</s>|<eos>|<\|(endoftext|im_end|eot_id|end|end_of_text)\|>")
 
 def token_pieces(
     tokens: Sequence[str], # token texts as a tokenizer gives them
 ) -> list[tuple[str, bool]]: # text, whether a space goes before it
-    "Tokens for reading: word marks become spaces, the end token becomes ∎."
+    "Tokens for reading: word marks become spaces (none before a comma), the end token becomes ∎."
     marked = any(t.startswith(_SPACE) for t in tokens[1:]); out = []
     for t in tokens:
         text = t.lstrip("▁Ġ ").replace("Ċ", "\n")
-        space = t.startswith(_SPACE) if marked else not re.fullmatch(r"[.,;:!?)\]]+", text)
+        space = (t.startswith(_SPACE) or not marked) and not re.fullmatch(r"[.,;:!?)\]]+", text)
         out.append(("∎", True) if _END.fullmatch(text) else (text, space))
     return out
 
@@ -313,7 +313,7 @@ def _forest_alt(data, metrics, systems, titles) -> str:
         said.append(f"{METRICS.get(m, Metric(m, 0)).title}: {', '.join(clear) or 'none'}")
     return "Differences from the reference in percentage points that are clear of zero. " + "; ".join(said)
 
-# %% ../nbs/60_plots.ipynb #f16d8a58
+# %% ../nbs/60_plots.ipynb #bc950af0
 @styled
 def results_forest(
     results: Mapping, # what `bootstrap` returned, or a whole metrics.json
@@ -332,7 +332,8 @@ def results_forest(
     for ax in axes[::axes[0].get_gridspec().ncols]:
         ax.set_yticks(range(len(systems)), [titles.get(s, s) for s in systems], color=INK)
         for label, s in zip(ax.get_yticklabels(), systems): label.set_fontweight("bold" if s == reference.get(s) else "normal")
-    fig.supxlabel("difference in percentage points, 95% interval; green: better, orange: worse, hollow: not clear of zero", size=8, color=GREY)
+    note = "difference in percentage points, 95% interval;", "green: better, orange: worse, hollow: not clear of zero"
+    fig.supxlabel((" " if fig.get_figwidth() > 6 else "\n").join(note), size=8, color=GREY)
     fig.alt = _forest_alt(data, metrics, systems, titles)
     return fig
 
