@@ -841,17 +841,23 @@ def stream(self: AlignedDecoder,
         if now[len(text):]: yield now[len(text):]
         text = now
 
-# %% ../nbs/31_decode.ipynb #310acb33
+# %% ../nbs/31_decode.ipynb #a69dbe3d
+@patch
+def alone(self: AlignedDecoder) -> AlignedDecoder: # over the same models
+    "The base without guidance."
+    out = copy.copy(self); out.guidance = Guidance(lam=0.); out._arrange()
+    return out
+
 @patch
 def score(self: AlignedDecoder,
     images: list, # as for `generate`
     questions: list[str], # what was asked
-    answers: list[str], # what was answered, by whomever
+    answers: list, # what was answered, by whomever: text, or token ids
     errors: str | None = None, # as for `generate`
 ) -> list[Output]: # the answers, with the rewards of their tokens
     "Token rewards of given answers."
     images, questions = _pairs(images, questions); s, tok = self._sampling(), self.encoders[0].tokenizer
     if len(answers) != len(questions): raise TitaError(f"{len(answers)} answers and {len(questions)} questions; give one for each")
-    ids = [tok(a, add_special_tokens=False)["input_ids"] + list(s.eos[:1]) for a in answers]
+    ids = [tok(a, add_special_tokens=False)["input_ids"] + list(s.eos[:1]) if isinstance(a, str) else list(a) for a in answers]
     rows = [Row(i, q, _list(im), s, 0, forced=f) for i, (q, im, f) in enumerate(zip(questions, images, ids))]
     return self._run(rows, self.engine(len(rows)), errors or ("raise" if len(rows) == 1 else "row"))
