@@ -94,7 +94,7 @@ def reward_rgba(
     strength = min(1., abs(reward) / limit) if np.isfinite(reward) else 0.
     return *(int(c, 16) for c in re.findall("..", (BLUE if reward > 0 else ORANGE)[1:])), round(.7 * strength, 3)
 
-# %% ../nbs/60_plots.ipynb #df1d1efb
+# %% ../nbs/60_plots.ipynb #d9e4b5d6
 _SPACE = ("▁", "Ġ", " ")
 _END = re.compile(r"</s>|<eos>|<\|(endoftext|im_end|eot_id|end|end_of_text)\|>")
 
@@ -103,9 +103,9 @@ def token_pieces(
 ) -> list[tuple[str, bool]]: # text, whether a space goes before it
     "Tokens for reading: word marks become spaces (none before a comma), the end token becomes ∎."
     marked = any(t.startswith(_SPACE) for t in tokens[1:]); out = []
-    for t in tokens:
+    for i, t in enumerate(tokens):
         text = t.lstrip("▁Ġ ").replace("Ċ", "\n")
-        space = (t.startswith(_SPACE) or not marked) and not re.fullmatch(r"[.,;:!?)\]]+", text)
+        space = (t.startswith(_SPACE) or not marked or i == 0) and not re.fullmatch(r"[.,;:!?)\]]+", text)
         out.append(("∎", True) if _END.fullmatch(text) else (text, space))
     return out
 
