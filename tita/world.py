@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['THEMES', 'GROUND', 'OBJECTS', 'POPULAR', 'COLORS', 'WORDS', 'LETTERS', 'COUNTS', 'ICONS', 'SIZE', 'CELL', 'ASK',
-           'CHAT', 'draw_icon', 'Question', 'Scene', 'render', 'caption', 'ask', 'make_scenes', 'vocabulary',
-           'tiny_processor', 'tiny_model', 'tiny_pair', 'world_folder', 'load_models', 'load_strong']
+           'CHAT', 'draw_icon', 'fonts', 'scans', 'Question', 'Scene', 'near', 'draw_text', 'render', 'caption', 'ask',
+           'make_scenes', 'vocabulary', 'tiny_processor', 'tiny_model', 'tiny_pair', 'world_folder', 'load_models',
+           'load_strong']
 
 # %% ../nbs/01_world.ipynb #85883d89
 import functools, math, os, random
@@ -58,17 +59,18 @@ def draw_icon(
         elif shape == "chord": draw.chord(at, 60, 300, fill=color)
         else: getattr(draw, shape)(at, fill=color)
 
-# %% ../nbs/01_world.ipynb #2b8fb497
+# %% ../nbs/01_world.ipynb #d3293a73
 @functools.lru_cache(maxsize=None)
-def _fonts():
+def fonts() -> list:
+    "Five fonts that carry capitals of about the same height."
     import importlib.util
     ttf = Path(importlib.util.find_spec("matplotlib").submodule_search_locations[0])/"mpl-data/fonts/ttf"
     return [ImageFont.load_default(size=12)] + [ImageFont.truetype(str(ttf/f"{name}.ttf"), size) for name, size in
         (("DejaVuSans-Bold", 10), ("DejaVuSerif", 10), ("DejaVuSansMono", 10), ("STIXGeneral", 13))]
 
 @functools.lru_cache(maxsize=None)
-def _scans():
-    "Scans by split and digit, as 14 pixel masks."
+def scans() -> dict:
+    "Handwritten digits by split and digit, as 14 pixel masks."
     from sklearn.datasets import load_digits
     data = load_digits(); parts = {}
     for i, (pixels, digit) in enumerate(zip(data.images, data.target)):
@@ -103,7 +105,7 @@ class Scene:
     @property
     def objects(self) -> list: "Names of the objects that are there."; return list(self.things)
 
-# %% ../nbs/01_world.ipynb #8d721908
+# %% ../nbs/01_world.ipynb #3334acd7
 def _draw_scene(seed, split, theme=None, biased=False):
     "Decide what is in one scene."
     rng = random.Random(seed); theme = theme or rng.choice(list(THEMES)); inside, outside = (.8, .05) if biased else (.4, .12)
@@ -112,43 +114,53 @@ def _draw_scene(seed, split, theme=None, biased=False):
     rng.shuffle(names); things, room = {}, 15
     for o in sorted(names[:9], key=OBJECTS.index):
         color = list(COLORS)[OBJECTS.index(o) % 6] if biased and rng.random() < .4 else rng.choice(list(COLORS))
-        things[o] = color, min(rng.choice((1, 1, 1, 2, 2, 3)), room - 8 + len(things)); room -= things[o][1]
+        things[o] = color, min(rng.choice((1, 1, 2, 2, 3)), room - 8 + len(things)); room -= things[o][1]
     i = rng.randrange(6); j = i if biased and rng.random() < .6 else rng.randrange(6)
     digits = [str(rng.randrange(10)) for _ in range(4)]
     return Scene(seed, split, theme, things, (WORDS[0][i], WORDS[1][j]), "".join(digits[:2]), rng.choice(LETTERS) + "".join(digits[2:]))
 
-# %% ../nbs/01_world.ipynb #b3a71442
-def _near(rng, color, by): return tuple(min(255, max(0, v + rng.randint(-by, by))) for v in color)
+# %% ../nbs/01_world.ipynb #a034fd0a
+def near(rng, color, by: int) -> tuple: "A colour like `color`, each channel off by at most `by`."; return tuple(min(255, max(0, v + rng.randint(-by, by))) for v in color)
 
-def _digit(im, rng, split, digit, x, y):
-    "Paste the scan of a handwritten digit, dark on what is there."
-    im.paste(_near(rng, (40, 40, 60), 25), (x, y), rng.choice(_scans()[split][int(digit)]))
+def draw_text(
+    im: Image.Image, # drawn on, its lower two rows of cells
+    rng: random.Random, # source of chance
+    split: str, # whose handwriting
+    sign: tuple, # two words
+    house: str, # two digits
+    plate: str, # a letter and two digits
+):
+    "Draw the sign, and below it the house number and the licence plate."
+    draw, font = ImageDraw.Draw(im), rng.choice(fonts())
+    draw.rectangle((0, 48, 79, 63), fill=near(rng, (238, 238, 230), 8)); draw.rectangle((0, 64, 30, 79), fill=near(rng, (250, 246, 225), 5))
+    draw.rectangle((32, 64, 79, 79), fill=near(rng, (215, 225, 245), 8)); draw.text((40, 72), plate[0].upper(), fill=(20, 20, 40), font=font, anchor="mm")
+    for k, word in enumerate(sign): draw.text((k * 40 + 2 + rng.randint(0, 2), 55.5 + rng.random()), word.upper(), fill=(0, 0, 0), font=font, anchor="lm")
+    for digit, x in zip(house + plate[1:], (1, 16, 49, 65)):
+        im.paste(near(rng, (40, 40, 60), 25), (x + rng.randint(-1, 1), 65 + rng.randint(-1, 1)), rng.choice(scans()[split][int(digit)]))
 
-def render(scene: Scene) -> Image.Image:
+# %% ../nbs/01_world.ipynb #b625747d
+def render(
+    scene: Scene, # what to draw
+) -> Image.Image: # RGB, 80 pixels wide and high
     "Draw a scene: fifteen cells of objects, a sign, a house number and a licence plate."
-    rng = random.Random(scene.seed + 1); im = Image.new("RGB", (SIZE, SIZE), _near(rng, GROUND[scene.theme], 12)); draw = ImageDraw.Draw(im)
+    rng = random.Random(scene.seed + 1); im = Image.new("RGB", (SIZE, SIZE), near(rng, GROUND[scene.theme], 12)); draw = ImageDraw.Draw(im)
     cells = [(a, b) for a in range(5) for b in range(3)]; rng.shuffle(cells); cells = iter(cells)
     for name, (color, times) in scene.things.items():
-        for (a, b), _ in zip(cells, range(times)):
-            draw_icon(draw, name, a * CELL + 2 + rng.randint(-2, 2), b * CELL + 2 + rng.randint(-2, 2), _near(rng, COLORS[color], 15))
-    draw.rectangle((0, 48, 79, 63), fill=_near(rng, (238, 238, 230), 8)); font = rng.choice(_fonts())
-    for k, word in enumerate(scene.sign): draw.text((k * 40 + 2 + rng.randint(0, 2), 55.5 + rng.random()), word.upper(), fill=(0, 0, 0), font=font, anchor="lm")
-    draw.rectangle((0, 64, 30, 79), fill=_near(rng, (250, 246, 225), 5)); draw.rectangle((32, 64, 79, 79), fill=_near(rng, (215, 225, 245), 8))
-    for k, d in enumerate(scene.house): _digit(im, rng, scene.split, d, k * 15 + 1 + rng.randint(-1, 1), 65 + rng.randint(-1, 1))
-    draw.text((40, 72), scene.plate[0].upper(), fill=(20, 20, 40), font=font, anchor="mm")
-    for k, d in enumerate(scene.plate[1:]): _digit(im, rng, scene.split, d, k * 16 + 49 + rng.randint(-1, 1), 65 + rng.randint(-1, 1))
+        for _, (a, b) in zip(range(times), cells):
+            draw_icon(draw, name, a * CELL + 2 + rng.randint(-2, 2), b * CELL + 2 + rng.randint(-2, 2), near(rng, COLORS[color], 15))
+    draw_text(im, rng, scene.split, scene.sign, scene.house, scene.plate)
     return im
 
 Scene.image = functools.cached_property(render); Scene.image.__set_name__(Scene, "image")
 
-# %% ../nbs/01_world.ipynb #6ecab477
-def caption(names) -> str: "A description that names the objects."; return " , ".join(f"a {n}" for n in names) + " ."
+# %% ../nbs/01_world.ipynb #47b3203b
+def caption(things: dict) -> str: "A description that names the objects, with their colours."; return " , ".join(f"a {color} {name}" for name, (color, _) in things.items()) + " ."
 
 def ask(scene: Scene, per_kind: int = 2) -> list[Question]:
     "The questions about a scene, with their answers."
     rng = random.Random(scene.seed + 2); there = scene.objects; absent = [o for o in OBJECTS if o not in there]
     pools = {"random": absent, "popular": [o for o in absent if o in POPULAR], "adversarial": [o for o in absent if o in THEMES[scene.theme]]}
-    k = min(per_kind, len(there), *map(len, pools.values())); yes = rng.sample(there, k); out = [Question(ASK["caption"], caption(there), "caption")]
+    k = min(per_kind, len(there), *map(len, pools.values())); yes = rng.sample(there, k); out = [Question(ASK["caption"], caption(scene.things), "caption")]
     for split, pool in pools.items():
         for answer, names in ("yes", yes), ("no", rng.sample(pool, k)):
             out += [Question(ASK["pope"].format(o), answer, f"pope_{split}", o) for o in names]
@@ -192,7 +204,7 @@ def tiny_processor():
     images = CLIPImageProcessorPil(size={"height": SIZE, "width": SIZE}, do_center_crop=False)
     return LlavaProcessor(images, tok, patch_size=CELL, vision_feature_select_strategy="default", chat_template=CHAT, image_token="<image>", num_additional_image_tokens=1)
 
-# %% ../nbs/01_world.ipynb #02fb52aa
+# %% ../nbs/01_world.ipynb #1fe4cb30
 def tiny_model(
     hidden: int = 64, # width of the language model
     layers: int = 6, # its depth
@@ -205,7 +217,7 @@ def tiny_model(
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
     vocab = vocabulary(); torch.manual_seed(seed)
     vision = CLIPVisionConfig(hidden_size=vision_hidden, intermediate_size=2 * vision_hidden, num_hidden_layers=vision_layers, num_attention_heads=4, image_size=SIZE, patch_size=CELL, projection_dim=vision_hidden)
-    text = LlamaConfig(vocab_size=len(vocab), hidden_size=hidden, intermediate_size=5 * hidden // 2, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
+    text = LlamaConfig(vocab_size=len(vocab), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
         max_position_embeddings=512, pad_token_id=vocab["<pad>"], bos_token_id=vocab["<s>"], eos_token_id=vocab["</s>"], tie_word_embeddings=False)
     return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=vocab["<image>"], vision_feature_layer=-1,
         vision_feature_select_strategy="default", image_seq_length=(SIZE // CELL) ** 2)).eval()
