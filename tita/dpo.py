@@ -7,9 +7,8 @@ __all__ = ['LOSSES', 'implicit_reward', 'margin', 'sigmoid_loss', 'hinge_loss', 
            'ImageSampler', 'TreeCollator', 'TreeOptions', 'PrefixSharedDPOConfig', 'as_rows', 'fit_rows', 'tokenised',
            'TreeForward', 'PrefixSharedDPOTrainer']
 
-# %% ../nbs/20_dpo.ipynb #0a431c8e
+# %% ../nbs/20_dpo.ipynb #b403ab5f
 from dataclasses import dataclass, field
-from functools import partial
 import warnings, torch, torch.nn.functional as F
 from torch import Tensor
 from datasets import Dataset, Image as ImageFeature, Sequence
@@ -125,7 +124,7 @@ class TreeCollator:
             if k in rows[0]: batch[k] = torch.tensor([row[k] for row in rows])
         return batch
 
-# %% ../nbs/20_dpo.ipynb #af0aa175
+# %% ../nbs/20_dpo.ipynb #2189364e
 @dataclass
 class TreeOptions:
     "What concerns images, trees and the machine; to be mixed into a TRL config."
@@ -133,11 +132,13 @@ class TreeOptions:
     freeze_vision: bool = field(default=True, metadata={"help": "Do not train the vision tower; its features are then computed once per image."})
     freeze_projector: bool = field(default=False, metadata={"help": "Do not train the projector either."})
     projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector, if it differs."})
+    image_pad: bool = field(default=False, metadata={"help": "Pad images to a square before they are resized (LLaVA-1.5's image_aspect_ratio pad)."})
     too_long: str = field(default="error", metadata={"help": "What to do with rows longer than max_length (or the model's context): 'error' or 'drop'. Nothing is ever cut.", "choices": ["error", "drop"]})
     feature_cache_gb: float = field(default=4.0, metadata={"help": "Main memory for features of the frozen tower, in GiB."})
     image_cache_gb: float = field(default=1.0, metadata={"help": "Main memory for processed images, in GiB."})
     max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; None: the model's context."})
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Compute activations twice to save memory. None: on a GPU only."})
+    bf16: bool | None = field(default=None, metadata={"help": "Mixed precision in bfloat16. None: on a GPU that has it."})
 
     def __post_init__(self):
         gpu = torch.cuda.is_available() and not self.use_cpu
@@ -203,22 +204,22 @@ def tokenised(
     if sort: rows.sort(key=lambda r: r["image_ids"][:1])
     return Dataset.from_list(rows)
 
-# %% ../nbs/20_dpo.ipynb #507d06a9
+# %% ../nbs/20_dpo.ipynb #1a5bce5d
 class TreeForward:
     "For a trainer: forward trees where it would forward rows."
     def _plant(self, model, processor, args, image_root=None):
         "Before the trainer is built: freeze, and make store, cache and collator."
         freeze_vision(model, args.freeze_vision, args.freeze_projector)
-        self.store = ImageStore(processor, image_root, int(args.image_cache_gb * 2**30))
+        self.store = ImageStore(processor, image_root, int(args.image_cache_gb * 2**30), args.image_pad)
         self.cache = TowerCache(model, int(args.feature_cache_gb * 2**30))
         return TreeCollator(self.store, processor.tokenizer.pad_token_id or 0, args.share, mrope(model), lambda: self.cache.complete(len(self.store)))
 
-    def _tree_forward(self, model, tree, labels, input_ids=None, attention_mask=None, **kwargs):
-        "Called like the model on TRL's batch; answers with the heads' output for the answers' tokens."
+    def _tree_forward(self, model, tree, **kwargs):
+        "Called in place of the model; what comes out of its head is for the answers' tokens alone."
         inner = self.accelerator.unwrap_model(model)  # the policy or a reference, out of DDP or DeepSpeed
         inputs = tree["inputs"] | {"attention_mask": fit_mask(inner, tree["inputs"]["attention_mask"])}
         with gathered(inner, tree["rows"], tree["cols"]), self.cache.using(tree["images"]):
-            return model(**inputs, shift_labels=labels[:, 1:], **kwargs)
+            return model(**inputs, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         data = self.train_dataset if train_dataset is None else train_dataset
@@ -226,7 +227,7 @@ class TreeForward:
         lengths = list(data["length"]) if self.args.train_sampling_strategy == "group_by_length" else None
         return ImageSampler(list(data["image_ids"]), self.args.train_batch_size, self.args.seed, lengths)
 
-# %% ../nbs/20_dpo.ipynb #8015d57e
+# %% ../nbs/20_dpo.ipynb #d32ab8c5
 class PrefixSharedDPOTrainer(TreeForward, DPOTrainer):
     "TRL's `DPOTrainer` for vision-language models, each image's prefix computed once."
     def __init__(self, model, ref_model=None, args=None, train_dataset=None, eval_dataset=None, processing_class=None,
@@ -248,11 +249,16 @@ class PrefixSharedDPOTrainer(TreeForward, DPOTrainer):
         super()._set_signature_columns_if_needed()
         if "image_ids" not in self._signature_columns: self._signature_columns += ["image_ids"]
 
-    def compute_ref_log_probs(self, model, inputs): return super().compute_ref_log_probs(partial(self._tree_forward, model), inputs)
+    def _like_model(self, model):
+        "What TRL's loss takes for the model: it passes its own batch, of which the tree and the labels are used."
+        def forward(tree, labels, input_ids, attention_mask, **kwargs): kept.append(self._tree_forward(model, tree, shift_labels=labels[:, 1:], **kwargs)); return kept[0]
+        kept = []
+        return forward, kept
+
+    def compute_ref_log_probs(self, model, inputs): return super().compute_ref_log_probs(self._like_model(model)[0], inputs)
 
     def _compute_loss(self, model, inputs, return_outputs):
-        kept = []
-        def forward(**kw): kept.append(self._tree_forward(model, **kw)); return kept[0]
+        forward, kept = self._like_model(model)
         loss = super()._compute_loss(forward, inputs, return_outputs)
         if self.args.chosen_weight: loss = loss - self.args.chosen_weight * kept[0].log_probs.chunk(2)[0].sum(1).mean()
         return loss

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROJECTORS', 'TokenTree', 'token_tree', 'ancestor_mask', 'pad_trees', 'answer_index', 'backbone', 'fit_mask',
-           'gathered', 'tree_logits', 'label_logps', 'placeholder_id', 'ImageStore', 'projector', 'freeze_vision',
-           'TowerCache', 'as_messages', 'encode_rows', 'mrope', 'expand', 'grow_trees']
+           'gathered', 'tree_logits', 'label_logps', 'placeholder_id', 'pad_square', 'ImageStore', 'projector',
+           'freeze_vision', 'TowerCache', 'as_messages', 'encode_rows', 'mrope', 'expand', 'grow_trees']
 
-# %% ../nbs/19_trees.ipynb #5c9da4bd
+# %% ../nbs/19_trees.ipynb #055f7dd1
 import contextlib, hashlib, io
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from torch import Tensor
 from PIL import Image, ImageOps
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from .core import TitaError, _to_rgb, image_path, open_image, progress
+from .augment import parse_view
 from .models import vision_tower
 
 # %% ../nbs/19_trees.ipynb #14fba630
@@ -177,27 +178,41 @@ def _open(source) -> Image.Image:
     if isinstance(source, dict): source = source["path"] if source.get("bytes") is None else io.BytesIO(source["bytes"])
     return open_image(source)
 
-# %% ../nbs/19_trees.ipynb #bc479e92
+# %% ../nbs/19_trees.ipynb #d440a8e2
+def pad_square(
+    image: Image.Image, # RGB
+    processor, # whose mean colour fills the rest
+) -> Image.Image: # square, the image in its middle
+    "LLaVA-1.5's `image_aspect_ratio=pad`."
+    if image.width == image.height: return image
+    side = max(image.size); fill = tuple(int(255 * m) for m in processor.image_processor.image_mean)
+    square = Image.new("RGB", (side, side), fill); square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+# %% ../nbs/19_trees.ipynb #40f00c44
 class ImageStore:
     "Images of a data set by number, each processed once while memory allows."
     def __init__(self,
         processor, # with an image processor and a tokenizer
         root: str|Path=None, # folder of images that are named by path; None: paths are used as they are
         budget: int=2**30, # bytes of processed images to keep
+        square: bool=False, # pad images to a square before they are resized, as LLaVA-1.5 was trained
     ):
-        self.processor, self.root, self.budget, self.token_id = processor, root, budget, placeholder_id(processor)
+        self.processor, self.root, self.budget, self.square, self.token_id = processor, root, budget, square, placeholder_id(processor)
         self._sources, self._number, self._items, self._kept, self._bytes, self._constant = [], {}, {}, OrderedDict(), 0, None
 
     def __len__(self): return len(self._sources)
 
     def add(self,
         source, # a path, a PIL image, or a datasets row {"bytes", "path"}
-    ) -> int: # its number; the same for the same image
+        view: str="clean", # how it is seen, see `augment.parse_view`
+        seed: int=0, # of the view
+    ) -> int: # its number; the same for the same view of the same image
         "Take an image in. Raises `TitaError` if a path is missing or leaves the folder."
-        key = _image_key(source)
+        key = _image_key(source), view, seed if view != "clean" else 0
         if key not in self._number:
             if isinstance(source, (str, Path)): source = str(source) if self.root is None else image_path(self.root, str(source))
-            self._number[key] = len(self._sources); self._sources.append(source)
+            self._number[key] = len(self._sources); self._sources.append((source, parse_view(view), seed))
         return self._number[key]
 
     def tokens(self, number: int) -> list:
@@ -216,14 +231,17 @@ class ImageStore:
         try: return {k: torch.cat([i[k] for i in items]) for k in (items[0] if items else ())}
         except RuntimeError as e: raise TitaError(f"the processor gives images of different shapes that cannot be joined in a batch ({e}); set its image size, or use batches of one image") from None
 
-# %% ../nbs/19_trees.ipynb #218c6054
+# %% ../nbs/19_trees.ipynb #c4a3bc95
 _NOT_IMAGE = "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"
 
 def _ask(self, image): return self.processor(images=[image], text=[self.processor.image_token], add_special_tokens=False, return_tensors="pt")
 
 def _process(self, number):
     "Tensors of an image; tokens, small tensors and the shapes of large ones are remembered."
-    out = self._ask(_open(self._sources[number]))
+    source, view, seed = self._sources[number]
+    image = _open(source); image = view.image(pad_square(image, self.processor) if self.square else image, seed)
+    out = self._ask(image)
+    if view.on == "tensor": out["pixel_values"] = view.tensor(out["pixel_values"][None], [seed])[0] if len(out["pixel_values"]) > 1 else view.tensor(out["pixel_values"], [seed])
     tokens, tensors = out["input_ids"][0].tolist(), {k: v for k, v in out.items() if k not in _NOT_IMAGE}
     self._items[number] = tokens, {k: v if v.nbytes < 256 else v.shape for k, v in tensors.items()}
     return tensors
@@ -349,7 +367,7 @@ def as_messages(
     texts = {"prompt": say("user", row["prompt"])} | {a: say("assistant", row[a]) for a in answers}
     return images, {k: prepare_multimodal_messages(v, images=images if k == "prompt" else None) for k, v in texts.items()}
 
-# %% ../nbs/19_trees.ipynb #d232f402
+# %% ../nbs/19_trees.ipynb #09fe0804
 def encode_rows(
     rows, # as in `as_messages`
     store: ImageStore, # takes the images in
@@ -359,7 +377,7 @@ def encode_rows(
     texts, numbers = [], []
     for i, row in enumerate(progress(rows, "reading rows", unit="row")):
         images, messages = as_messages(row, answers)
-        numbers.append([store.add(im) for im in images])
+        numbers.append([store.add(im, row.get("view", "clean"), row.get("view_seed", 0)) for im in images])
         rendered = [apply_chat_template({"prompt": messages["prompt"], "completion": messages[a]}, store.processor) for a in answers]
         texts.append([rendered[0]["prompt"], *(r["completion"] for r in rendered)])
     ids = store.processor.tokenizer([t for row in texts for t in row], add_special_tokens=False)["input_ids"] if texts else []
