@@ -6,19 +6,21 @@
 __all__ = ['METHOD', 'CSS', 'CSS_PARTS', 'READING', 'EXAMPLES', 'esc', 'prose', 'image_uri', 'results_table', 'answer_html',
            'pieces_html', 'example_html', 'method_svg', 'Report', 'report_html']
 
-# %% ../nbs/61_report.ipynb #d89bf547
-import base64, html, io, itertools, re
+# %% ../nbs/61_report.ipynb #a3e34a48
+import base64, io, itertools, re
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 import numpy as np
+from fastcore.basics import patch
 from .core import TitaError, write_text
 from .metrics import METRICS, Metric, bootstrap, default_reference, verdict_of
 from .plots import changed, metric_title, reward_limit, reward_rgba, token_pieces
 
-# %% ../nbs/61_report.ipynb #5cd7e5cd
+# %% ../nbs/61_report.ipynb #3798f234
 def esc(x) -> str:
     "Any value as text that HTML shows as it is."
-    return html.escape(str(x), quote=True)
+    return escape(str(x), quote=True)
 
 def prose(
     text: str, # paragraphs apart by an empty line, `code`, **bold**
@@ -233,8 +235,9 @@ class Report:
 
     def text(self, text: str): "Add paragraphs."; return self.raw(prose(text))
 
-# %% ../nbs/61_report.ipynb #2cbfbff1
-def _page(self: Report) -> str:
+# %% ../nbs/61_report.ipynb #1a04c0d8
+@patch
+def html(self: Report) -> str:
     "The whole page."
     nav = " ".join(f"<a href='#{name}'>{esc(title)}</a>" for name, title in self.links)
     safe = "default-src &#39;none&#39;; img-src data:; style-src &#39;unsafe-inline&#39;"
@@ -247,14 +250,14 @@ def _page(self: Report) -> str:
 </main><footer>One file, no scripts, nothing loaded from elsewhere.</footer></body></html>
 """
 
-def _write(self: Report, path: str | Path) -> Path:
+@patch
+def write(self: Report, path: str | Path) -> Path:
     "Save the page, whole or not at all; returns its path."
     return write_text(path, self.html())
 
-Report.html, Report.write = _page, _write
-
-# %% ../nbs/61_report.ipynb #e17db89e
-def _figure(self: Report,
+# %% ../nbs/61_report.ipynb #d7ba6e31
+@patch
+def figure(self: Report,
     fig, # a matplotlib figure, PIL image, or PNG bytes
     caption: str = "", # what to see in it
     alt: str | None = None, # for those who cannot see it; None: the figure's own, or the caption
@@ -265,7 +268,8 @@ def _figure(self: Report,
     alt = alt or getattr(fig, "alt", "") or caption; width = f" width='{fig.get_figwidth() * 112:.0f}'" if hasattr(fig, "get_figwidth") else ""
     return self.raw(f"<figure><img src='{image_uri(image)}' alt='{esc(alt)}'{width}><figcaption>{esc(caption)}</figcaption></figure>")
 
-def _table(self: Report,
+@patch
+def table(self: Report,
     rows: Sequence[Sequence] | Mapping, # rows of values; or results of `bootstrap`
     columns: Sequence[str] = (), # names of the columns
     **kwargs, # for `results_table`
@@ -276,10 +280,9 @@ def _table(self: Report,
     body = "".join("<tr>" + "".join(f"<td>{esc(v)}</td>" for v in row) + "</tr>\n" for row in rows)
     return self.raw(f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
 
-Report.figure, Report.table = _figure, _table
-
-# %% ../nbs/61_report.ipynb #b2b329b3
-def _examples(self: Report,
+# %% ../nbs/61_report.ipynb #e7bc2808
+@patch
+def examples(self: Report,
     examples: Sequence[Mapping], # dicts {image, question, base, aligned_tokens, rewards} with optional truth and note
     limit: float | None = None, # nats of the full colour; None: from all rewards
 ) -> Report:
@@ -290,7 +293,8 @@ def _examples(self: Report,
     scale = f"<div class='scale'>pulled away −{limit:.1f}<i style='background:linear-gradient(90deg,{stops})'></i>+{limit:.1f} nats, pulled towards</div>"
     return self.raw(scale).raw("\n".join(example_html(e, limit) for e in examples))
 
-def _tiles(self: Report,
+@patch
+def tiles(self: Report,
     results: Mapping, # what `bootstrap` returned
     system: str, # whose numbers
     metrics: Sequence[str], # a few
@@ -305,9 +309,7 @@ def _tiles(self: Report,
             f"<small>{change}</small><small class='about'>{esc(info.about)}</small></div>")
     return self.raw(f"<div class='tiles'>{''.join(tiles)}</div>")
 
-Report.examples, Report.tiles = _examples, _tiles
-
-# %% ../nbs/61_report.ipynb #d1070481
+# %% ../nbs/61_report.ipynb #e6357151
 def _plain(x) -> str:
     "A value for a reader: numbers short, lists and dicts in a line."
     if isinstance(x, Mapping): return ", ".join(f"{k} {_plain(v)}" for k, v in x.items())
@@ -315,18 +317,18 @@ def _plain(x) -> str:
     if isinstance(x, bool) or x is None: return {True: "yes", False: "no", None: "-"}[x]
     return f"{x:.4g}" if isinstance(x, float) else str(x)
 
-def _terms(self: Report,
+@patch
+def terms(self: Report,
     info: Mapping, # names and what they are: a glossary, `core.run_info()`, seeds, times
 ) -> Report:
     "Add a list of terms or facts."
     rows = "".join(f"<dt>{esc(k.replace('_', ' ') if k.islower() else k)}</dt><dd>{esc(_plain(v))}</dd>" for k, v in info.items())
     return self.raw(f"<dl class='terms'>{rows}</dl>")
 
-def _method(self: Report) -> Report:
+@patch
+def method(self: Report) -> Report:
     "Add the method: a drawing and four sentences."
     return self.raw(method_svg()).text(METHOD)
-
-Report.terms, Report.method = _terms, _method
 
 # %% ../nbs/61_report.ipynb #e1ea59c4
 READING = """Each number is a score in percent. The smaller numbers are the 95% interval of the difference from the reference on the same scenes, by a bootstrap over scenes; a reference has the interval of its own score. Where the interval leaves out zero the cell is **coloured and marked**: ▲ better, ▼ worse, ◆ different where no direction is better. Of a hundred such intervals about five leave out zero by chance, so trust patterns more than single cells."""
