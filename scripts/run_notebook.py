@@ -6,7 +6,8 @@
 The executed copy is saved cell by cell, and what the notebook prints is shown while it runs. Exit codes: 0, 1 (the notebook
 failed), 2 (a mistake that the message names), 130 (interrupted), 138 (its process died).
 """
-import argparse, logging, os, sys
+import argparse, logging, os, sys, tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 MISTAKES = {"TitaError"}
@@ -54,6 +55,25 @@ def explain(
     if NO_SPACE in value: return f"error: the disk is full ({value}); make room and run the same command again, it goes on where it stopped", 2
     return None, 1
 
+@contextmanager
+def kernel_stderr():
+    "What the notebook's process writes past Jupyter (a crash; its last breath after Ctrl-C) goes to the file that this yields."
+    with tempfile.TemporaryFile("w+", errors="replace") as raw:
+        ours, before = os.fdopen(os.dup(2), "w", buffering=1), sys.stderr
+        os.dup2(raw.fileno(), 2)
+        sys.stderr = ours
+        try: yield raw
+        finally:
+            os.dup2(ours.fileno(), 2)
+            sys.stderr = before
+
+def tail(
+    file, # an open text file
+    n: int=10, # lines
+) -> str: # its last lines
+    file.seek(0)
+    return "".join(file.readlines()[-n:])
+
 def execute(
     notebook: str, # the notebook to run
     target: str, # its executed copy
@@ -91,11 +111,12 @@ def main(
         given = parameters(a.parameters_file, a.parameters)
         check_names(a.notebook, given)
         Path(a.target).parent.mkdir(parents=True, exist_ok=True)
-        execute(a.notebook, a.target, given)
+        with kernel_stderr() as raw:
+            try: execute(a.notebook, a.target, given)
+            except DeadKernelError: return tell(f"{tail(raw)}error: the notebook's process died, most likely for want of memory\n(what ran up to there: {a.target})", 138)
     except PapermillExecutionError as e:
         text, code = explain(e.ename, e.evalue)
         return tell(f"{text or e}\n(what ran up to there: {a.target})", code)
-    except DeadKernelError: return tell(f"error: the notebook's process died, most likely for want of memory\n(what ran up to there: {a.target})", 138)
     except (PapermillException, OSError, ValueError) as e: return tell(f"error: {e}", 2)
     except KeyboardInterrupt: return tell("interrupted; run the same command again to resume", 130)
     return 0

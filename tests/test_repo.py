@@ -1,0 +1,197 @@
+"The form of the repository: layers, notebooks, packaging, what must not be in it."
+import ast, json, os, re, subprocess, sys
+from configparser import ConfigParser
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ConfigParser(delimiters=["="], interpolation=None)
+CONFIG.read(ROOT/"settings.ini", encoding="utf-8")
+CFG = CONFIG["DEFAULT"]
+DIRECTIVE = re.compile(r"^#\|[ \t]*([\w-]+):?[ \t]*(.*)", re.M)
+READING = {"runs", "tutorials", "explanations"}  # folders of notebooks that export nothing
+
+class Cell:
+    def __init__(self, raw): self.raw, self.kind, self.source = raw, raw["cell_type"], "".join(raw["source"])
+    def __str__(self): return f"cell {self.raw.get('id')} ({self.source.strip().splitlines()[0][:60] if self.source.strip() else 'empty'!r})"
+
+    @cached_property
+    def directives(self): return dict(DIRECTIVE.findall(self.source))
+    @property
+    def exported(self): return self.kind == "code" and bool({"export", "exports", "exporti"} & self.directives.keys())
+    @property
+    def tags(self): return self.raw["metadata"].get("tags", [])
+    @property
+    def lines(self): return [l for l in DIRECTIVE.sub("", self.source).splitlines() if l.strip()]
+
+    @cached_property
+    def body(self):  # its statements; shell and magic lines stand for none
+        if self.kind != "code": return []
+        return ast.parse("\n".join("pass" if re.match(r"\s*[!%]", l) else l for l in self.source.splitlines())).body
+
+class Notebook:
+    def __init__(self, path):
+        self.path, self.name = path, path.relative_to(ROOT/"nbs").as_posix()
+        self.raw = json.loads(path.read_text(encoding="utf-8"))
+        self.cells = [Cell(c) for c in self.raw["cells"]]
+
+    @cached_property
+    def module(self): return next((c.directives["default_exp"].strip() for c in self.cells if "default_exp" in c.directives), None)
+    @property
+    def number(self): return int(m[1]) if (m := re.match(r"(\d+)_", self.path.name)) else None
+    @property
+    def is_module(self): return not (self.path.parent.name in READING or self.path.stem == "index")
+
+NOTEBOOKS = [Notebook(p) for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if not any(d.startswith((".", "_")) for d in p.relative_to(ROOT).parts)]
+MODULES = {n.module: n for n in NOTEBOOKS if n.module}
+each = lambda notebooks: pytest.mark.parametrize("nb", notebooks, ids=lambda n: n.name)
+
+def tracked():
+    "Files that git knows, or without git those that are not of some tool."
+    run = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode == 0: return [p for l in run.stdout.splitlines() if (p := ROOT/l).is_file()]
+    return [p for p in ROOT.rglob("*") if p.is_file() and not any(d.startswith((".", "_")) or d == "runs" for d in p.relative_to(ROOT).parts[:-1])]
+
+def text_of(path):
+    try: return path.read_text(encoding="utf-8") if path.stat().st_size < 5_000_000 else ""
+    except UnicodeDecodeError: return ""
+
+## Layers
+
+def imported(tree, package=CFG["lib_name"]):
+    "Modules of our own that this code imports, at any depth: `from .core import x`, `from tita.core import x`, `import tita.core`."
+    for n in ast.walk(tree):
+        if isinstance(n, ast.ImportFrom):
+            path = (n.module or "").split(".")
+            if n.level: yield from [path[0]] if n.module else [a.name for a in n.names]
+            elif path[0] == package: yield from path[1:2] or [a.name for a in n.names]
+        elif isinstance(n, ast.Import): yield from (a.name.split(".")[1] for a in n.names if a.name.startswith(package + "."))
+
+@each([n for n in NOTEBOOKS if n.number is not None])
+def test_imports_only_lower_numbers(nb):
+    wrong = [f"{c}: imports {m}, which is {MODULES[m].name if m in MODULES else 'of no notebook'}"
+             for c in nb.cells for s in c.body for m in imported(s)
+             if m not in MODULES or m != nb.module and MODULES[m].number >= nb.number]
+    assert not wrong, f"{nb.name}: " + "; ".join(wrong)
+
+def test_one_module_a_number():
+    named = [n.path.name for n in NOTEBOOKS if n.number is not None]
+    numbers = [n.split("_")[0] for n in named]
+    assert len(set(numbers)) == len(numbers), f"two notebooks have the same number: {sorted(n for n in named if numbers.count(n.split('_')[0]) > 1)}"
+
+## Notebooks
+
+@each(NOTEBOOKS)
+def test_begins_with_title_and_purpose(nb):
+    lines = [l for l in nb.cells[0].source.splitlines() if l.strip()]
+    assert nb.cells[0].kind == "markdown" and re.match(r"# \S", lines[0]) and len(lines) > 1 and re.match(r"> \S", lines[1]), \
+        f"{nb.name}: the first cell must be `# name` and `> one line of purpose`"
+
+@each([n for n in NOTEBOOKS if n.is_module])
+def test_exports_to_its_module(nb):
+    assert nb.module == re.sub(r"^\d+_", "", nb.path.stem), f"{nb.name}: `#| default_exp` must name the module after the notebook"
+    assert any(c.exported for c in nb.cells), f"{nb.name} exports nothing"
+
+@each([n for n in NOTEBOOKS if not n.is_module])
+def test_reading_notebook_exports_nothing(nb):
+    assert nb.module is None and not any(c.exported for c in nb.cells), f"{nb.name}: only numbered notebooks export"
+
+@each(NOTEBOOKS)
+def test_imports_stand_alone(nb):
+    "nbdev runs every cell with an import when it makes the docs, and no other: code beside the import would fail there."
+    mixed = [str(c) for c in nb.cells if not c.exported and len(kinds := {isinstance(s, (ast.Import, ast.ImportFrom)) for s in c.body}) == 2]
+    assert not mixed, f"{nb.name}: put the imports of these cells into cells of their own: {'; '.join(mixed)}"
+
+@each(NOTEBOOKS)
+def test_stores_no_error(nb):
+    bad = [str(c) for c in nb.cells for o in c.raw.get("outputs", []) if o["output_type"] == "error"]
+    assert not bad, f"{nb.name}: {bad}"
+
+@each(NOTEBOOKS)
+def test_stores_no_place_of_this_machine(nb):
+    "A path in an output tells where it was run, and differs on every machine."
+    places = {str(ROOT), str(Path.home()), "site-packages"}
+    bad = [str(c) for c in nb.cells if any(p in json.dumps(c.raw.get("outputs", [])) for p in places)]
+    assert not bad, f"{nb.name}: outputs that name a folder of this machine: {bad}"
+
+@each([n for n in NOTEBOOKS if n.is_module])
+def test_exported_cells_are_short(nb):
+    long = [f"{c}: {len(c.lines)} lines" for c in nb.cells if c.exported and len(c.lines) > 40]
+    assert not long, f"{nb.name}: take these cells apart: {long}"
+
+@each([n for n in NOTEBOOKS if n.path.parent.name == "runs"])
+def test_run_notebook_is_for_papermill(nb):
+    tagged = [c for c in nb.cells if "parameters" in c.tags]
+    assert len(tagged) == 1, f"{nb.name}: {len(tagged)} cells are tagged `parameters`; papermill needs one"
+    assert all(isinstance(s, (ast.Assign, ast.AnnAssign, ast.Expr)) for s in tagged[0].body), f"{nb.name}: the parameters cell may only assign"
+    assert "skip_exec: true" in "".join(c.source for c in nb.cells[:2]), f"{nb.name}: say `- skip_exec: true` below the title; nbdev_test would run all of it"
+
+def test_ids_are_unique():
+    ids = [(n.name, c.raw["id"]) for n in NOTEBOOKS for c in n.cells]
+    assert len(set(ids)) == len(ids)
+
+## Packaging
+
+def test_import_is_light():
+    "The package itself holds a version and nothing else: what is heavy is imported by the module that needs it."
+    heavy = "torch transformers datasets matplotlib numpy PIL fastcore".split()
+    code = f"import sys, tita; print(tita.__version__, *[m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    assert out == [CFG["version"]]
+
+@pytest.mark.parametrize("script", CFG["console_scripts"].split())
+def test_help_is_quick_and_light(script):
+    "`--help` answers without the libraries that the command itself will load."
+    name, _, target = script.partition("=")
+    module, _, func = target.partition(":")
+    code = (f"import sys; sys.argv = ['{name}', '--help']\nfrom {module} import {func}\ntry: {func}()\nexcept SystemExit as e: assert not e.code, e.code\n"
+            "print('HEAVY', *[m for m in ('torch', 'transformers', 'datasets', 'matplotlib') if m in sys.modules])")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert name in run.stdout and run.stdout.splitlines()[-1] == "HEAVY", run.stdout[-300:]
+
+def locked():
+    "Name -> versions in the lock, for this Python."
+    found = {}
+    for l in (ROOT/"scripts/requirements.lock").read_text().splitlines():
+        if l and not l.startswith("#") and ((r := Requirement(l)).marker is None or r.marker.evaluate()): found[canonicalize_name(r.name)] = r.specifier
+    return found
+
+def test_lock_holds_what_settings_ask_for():
+    wanted = [Requirement(r) for k, v in CFG.items() if k.endswith("requirements") for r in v.split()]
+    pins = {**locked(), "torch": Requirement((ROOT/"scripts/torch.lock").read_text().strip()).specifier}
+    for r in wanted:
+        pin = pins.get(canonicalize_name(r.name))
+        assert pin is not None, f"{r.name} is in settings.ini, not in the lock; run scripts/lock.py"
+        assert r.specifier.contains(next(iter(pin)).version), f"{r} in settings.ini, {pin} in the lock; run scripts/lock.py"
+
+def test_lock_holds_names_and_versions_only():
+    for l in (ROOT/"scripts/requirements.lock").read_text().splitlines():
+        assert l.startswith("#") or re.fullmatch(r"[a-z0-9-]+==[\w.!+]+( ; .+)?", l), l
+        assert not re.match(r"(torch|triton|nvidia-.*|cuda-.*)==", l), f"{l}: scripts/setup.sh installs this, in the build that fits"
+
+## What must not be in it
+
+SECRETS = re.compile(r"\b(sk-(?:proj-|ant-)?[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|AIza[0-9A-Za-z_-]{35})\b"
+                     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----")
+
+def test_no_secrets():
+    found = [f"{p.relative_to(ROOT)}: {m[0][:8]}..." for p in tracked() if (m := SECRETS.search(text_of(p)))]
+    assert not found, found
+
+def test_no_large_files():
+    large = [f"{p.relative_to(ROOT)}: {p.stat().st_size >> 20} MB" for p in tracked() if p.stat().st_size > 2 << 20]
+    assert not large, f"keep large files outside git and say in data/README.md where they come from: {large}"
+
+def test_weights_are_safetensors():
+    unsafe = [str(p.relative_to(ROOT)) for p in tracked() if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy"}]
+    assert not unsafe, f"formats that can run code when loaded, or that nothing here reads: {unsafe}"
+
+def test_scripts_can_be_started():
+    for p in [*(ROOT/"scripts").rglob("*.sh"), ROOT/".ci/run"]:
+        assert os.access(p, os.X_OK), f"{p.relative_to(ROOT)} is not executable"
+        assert subprocess.run(["bash", "-n", p]).returncode == 0, f"{p.relative_to(ROOT)}: bash cannot read it"

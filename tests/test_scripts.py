@@ -1,0 +1,205 @@
+"The scripts that start things: what they say when something is missing, and that they leave nothing half-made."
+import hashlib, json, os, shutil, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/"scripts"))
+import check_docs, make_readme
+
+## setup.sh
+
+@pytest.fixture
+def repo(tmp_path):
+    "What setup.sh reads, in a folder of its own."
+    for f in ["settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "scripts/setup.sh", "scripts/requirements.lock", "scripts/torch.lock"]:
+        (to := tmp_path/"repo"/f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT/f, to)
+    return tmp_path/"repo"
+
+def setup(repo, path=None, **env):
+    "Run it with no registry in reach; `path` replaces PATH."
+    env = {**os.environ, "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_RETRIES": "0",
+           "PATH": str(path or os.environ["PATH"]), **env}
+    return subprocess.run([shutil.which("bash"), "scripts/setup.sh"], cwd=repo, env=env, capture_output=True, text=True)
+
+def command(folder, name, text):
+    "A shell script of this name in this folder."
+    folder.mkdir(exist_ok=True)
+    (folder/name).write_text(f"#!{shutil.which('sh')}\n{text}\n")
+    (folder/name).chmod(0o755)
+    return folder
+
+def tools(folder, *names):
+    "A folder for PATH with these commands only."
+    folder.mkdir(exist_ok=True)
+    for n in names: (folder/n).symlink_to(shutil.which(n))
+    return folder
+
+BASICS = "bash sh sed awk df grep cat dirname tail head find rm mv touch ls wc tr sleep".split()
+
+def refused(run, repo, *texts):
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert all(t in run.stderr for t in texts), run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (repo/".venv/tita.stamp").exists()
+
+def test_old_python_is_refused(repo, tmp_path):
+    old = command(tmp_path/"bin", "python3.9", "echo 3.9")/"python3.9"
+    refused(setup(repo, PYTHON=str(old)), repo, "is Python 3.9; tita needs 3.10 to 3.13", "PYTHON=python3.11")
+
+def test_python_that_does_not_run_is_refused(repo):
+    refused(setup(repo, PYTHON="no-such-python"), repo, "PYTHON=no-such-python does not run")
+
+def test_no_python_is_told(repo, tmp_path):
+    refused(setup(repo, tools(tmp_path/"bin", *BASICS)), repo, "no Python 3.10 to 3.13 was found", "Install one")
+
+def test_too_old_pythons_are_named(repo, tmp_path):
+    path = command(tools(tmp_path/"bin", *BASICS), "python3", "echo 3.8")
+    refused(setup(repo, path), repo, "there is python3 (3.8)")
+
+def test_no_compiler_is_told(repo, tmp_path):
+    refused(setup(repo, tools(tmp_path/"bin", *BASICS), PYTHON=sys.executable, CXX=""), repo, "no C++ compiler was found", "apt install g++")
+
+def test_full_disk_is_told(repo, tmp_path):
+    path = command(tmp_path/"bin", "df", "echo head; echo disk 100 90 1048576 99% /")
+    refused(setup(repo, f"{path}:{os.environ['PATH']}", PYTHON=sys.executable), repo, "1 GB are free", "about 4 GB")
+
+def test_a_folder_that_is_no_environment_is_kept(repo):
+    (repo/".venv").mkdir()
+    (repo/".venv/mine.txt").write_text("mine")
+    refused(setup(repo, PYTHON=sys.executable), repo, "is no virtual environment")
+    assert (repo/".venv/mine.txt").read_text() == "mine"
+
+def test_failed_install_leaves_no_stamp(repo):
+    refused(setup(repo, PYTHON=sys.executable), repo, "could not be installed", "same command again")
+    assert (repo/".venv/pyvenv.cfg").exists()  # the next run goes on from it
+
+def stamped(repo):
+    "An environment without packages and the stamp that a finished set-up would have left."
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", repo/".venv"], check=True)
+    h = hashlib.sha256(repr((str(repo.resolve()), sys.version_info[:2])).encode())
+    for f in ["scripts/requirements.lock", "scripts/torch.lock", "settings.ini", "setup.py", "pyproject.toml"]: h.update((repo/f).read_bytes())
+    (repo/".venv/tita.stamp").write_text(f"{h.hexdigest()} cpu\n")
+    return repo
+
+def test_second_run_does_nothing_quickly(repo, tmp_path):
+    path = tools(tmp_path/"bin", *BASICS)
+    stamped(repo)
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run = setup(repo, path)
+        took.append(time.perf_counter() - start)
+        assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert min(took) < 1
+
+def is_trusted(repo, path):
+    "Without a compiler on PATH, a run ends well only where there is nothing to do."
+    run = setup(repo, path, CXX="")
+    assert run.returncode == 0 or "no C++ compiler" in run.stderr, run.stderr
+    return run.returncode == 0
+
+@pytest.mark.parametrize("change", ["settings.ini", "setup.py", "scripts/requirements.lock", "scripts/torch.lock"])
+def test_stamp_of_something_else_is_not_trusted(repo, tmp_path, change):
+    path = tools(tmp_path/"bin", *BASICS)
+    assert is_trusted(stamped(repo), path)
+    with (repo/change).open("a") as f: f.write("# changed\n")
+    assert not is_trusted(repo, path)
+
+def test_gpu_that_came_later_is_seen(repo, tmp_path):
+    path = tools(tmp_path/"bin", *BASICS)
+    assert is_trusted(stamped(repo), path)
+    assert not is_trusted(repo, command(path, "nvidia-smi", "exit 0"))
+
+def test_environment_that_moved_is_rebuilt(repo, tmp_path):
+    stamped(repo).rename(moved := tmp_path/"moved")
+    run = setup(moved, PYTHON=sys.executable)
+    refused(run, moved, "could not be installed")
+    assert "rebuilding .venv" in run.stdout
+
+## run_notebook.py
+
+def notebook(path, *sources, tags=("parameters",)):
+    cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {"tags": [*tags]} if i == 0 else {}, "source": s, "outputs": [], "execution_count": None}
+             for i, s in enumerate(sources)]
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    path.write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}))
+    return path
+
+def run_notebook(*args): return subprocess.run([sys.executable, ROOT/"scripts/run_notebook.py", *map(str, args)], capture_output=True, text=True)
+
+def test_parameters_reach_the_notebook(tmp_path):
+    nb = notebook(tmp_path/"a.ipynb", "n = 1\ns = 'x'", "print('n is', n + 1, s)")
+    (tmp_path/"p.yaml").write_text("n: 5\ns: from the file\n")
+    run = run_notebook(nb, tmp_path/"out/a.ipynb", "-f", tmp_path/"p.yaml", "-p", "n", "41")
+    assert run.returncode == 0 and "n is 42 from the file" in run.stderr, run.stderr
+    assert "n is 42" in (tmp_path/"out/a.ipynb").read_text()
+
+def test_mistake_in_a_notebook_is_one_line(tmp_path):
+    nb = notebook(tmp_path/"a.ipynb", "n = 1", "class TitaError(ValueError): pass\nraise TitaError('questions.jsonl:3: no text; add one')")
+    run = run_notebook(nb, tmp_path/"b.ipynb")
+    assert run.returncode == 2 and "error: questions.jsonl:3: no text; add one" in run.stderr
+    assert "Traceback" not in run.stderr
+
+def test_other_error_in_a_notebook_shows_where(tmp_path):
+    run = run_notebook(notebook(tmp_path/"a.ipynb", "n = 1", "1/0"), tmp_path/"b.ipynb")
+    assert run.returncode == 1 and "----> 1 1/0" in run.stderr and "b.ipynb" in run.stderr
+
+def test_dead_kernel_is_told(tmp_path):
+    run = run_notebook(notebook(tmp_path/"a.ipynb", "n = 1", "import os; os._exit(9)"), tmp_path/"b.ipynb")
+    assert run.returncode == 138 and "the notebook's process died" in run.stderr and "Traceback" not in run.stderr
+
+def test_unknown_parameter_and_file_are_refused(tmp_path):
+    nb = notebook(tmp_path/"a.ipynb", "scenes = 1")
+    assert "no parameter scene; it has scenes" in (run := run_notebook(nb, tmp_path/"b.ipynb", "-p", "scene", "3")).stderr and run.returncode == 2
+    assert "nope.yaml" in (run := run_notebook(nb, tmp_path/"b.ipynb", "-f", tmp_path/"nope.yaml")).stderr and run.returncode == 2
+    assert not (tmp_path/"b.ipynb").exists()
+
+## make_readme.py
+
+@pytest.mark.parametrize("link, seen", [("11_augment.ipynb", "nbs/11_augment.ipynb"), ("../results/a.png", "results/a.png"), ("#top", "#top"),
+                                        ("https://example.com/a", "https://example.com/a"), ("runs/demo.ipynb#a", "nbs/runs/demo.ipynb#a"), ("../../x", "x")])
+def test_readme_links_are_seen_from_the_root(link, seen): assert make_readme.from_root(link) == seen
+
+def test_readme_leaves_code_alone():
+    text = "see [a](../a.png)\n\n```python\nx = d['k'](y.png)\n```\n\n<img src=\"b.png\">"
+    assert make_readme.markdown(text) == "see [a](a.png)\n\n```python\nx = d['k'](y.png)\n```\n\n<img src=\"nbs/b.png\">"
+
+def test_readme_cells(tmp_path):
+    out = {"output_type": "stream", "name": "stdout", "text": ["a ball\n"]}
+    cells = [{"cell_type": "markdown", "source": ["# tita\n", "\n", "> purpose"]},
+             {"cell_type": "code", "source": "#| hide\nsecret = 1", "outputs": [out]},
+             {"cell_type": "code", "source": "#| eval: false\nask('`x`')", "outputs": []},
+             {"cell_type": "code", "source": "#| echo: false\nprint('a ball')", "outputs": [out]}]
+    (tmp_path/"i.ipynb").write_text(json.dumps({"cells": cells}))
+    assert make_readme.readme(tmp_path/"i.ipynb") == make_readme.NOTE + "\n\n# tita\n\n> purpose\n\n``` python\nask('`x`')\n```\n\n```\na ball\n```\n"
+
+## check_docs.py
+
+@pytest.fixture
+def site(tmp_path):
+    "Two processed pages, one of them full of mistakes."
+    (root := tmp_path/"_proc").mkdir()
+    (root/"_quarto.yml").write_text("metadata-files: [nbdev.yml, sidebar.yml]\n")
+    (root/"nbdev.yml").write_text("website: {site-url: 'https://example.com/tita'}\n")
+    (root/"sidebar.yml").write_text("website: {sidebar: {contents: [a.qmd, {section: s, contents: [b.qmd]}]}}\n")
+    (root/"a.qmd").write_text("---\ntitle: a\noutput-file: first.html\n---\n\n## One thing\n\n[b](b.qmd#its-heading) [out](https://example.com/tita/b.html#its-heading) @see2020\n\n::: {.callout-note}\nx\n:::\n")
+    (root/"b.qmd").write_text("---\ntitle: b\n---\n\n## Its heading\n\n[a](first.html#one-thing)\n")
+    return root
+
+def test_docs_without_mistakes_pass(site): assert check_docs.check(site) == []
+
+@pytest.mark.parametrize("text, problem", [("[x](nowhere.html)", "broken link nowhere.html"), ("[x](a.qmd#nothing)", "no anchor a.qmd#nothing"),
+    ("[x](https://example.com/tita/first.html#gone)", "no anchor https://example.com/tita/first.html#gone"), ("@fig-none", "unresolved @fig-none"),
+    ("::: {.callout-hint}\nx\n:::", "unknown callout callout-hint"), (":::: {.callout-note}\nx", "b.qmd"), ("![x](gone.png)", "broken link gone.png")])
+def test_docs_mistakes_are_found(site, text, problem):
+    with (site/"b.qmd").open("a") as f: f.write(f"\n\n{text}\n")
+    found = check_docs.check(site)
+    assert len(found) == 1 and problem in found[0], found
+
+def test_docs_sidebar_holds_each_page_once(site):
+    (site/"c.qmd").write_text("---\ntitle: c\n---\n")
+    (site/"sidebar.yml").write_text("website: {sidebar: {contents: [a.qmd, a.qmd, b.qmd, gone.qmd]}}\n")
+    assert check_docs.check(site) == ["sidebar.yml: gone.qmd is no page", "sidebar.yml lacks c.qmd; add it to nbs/sidebar.yml", "sidebar.yml has a.qmd twice"]
