@@ -7,10 +7,11 @@ __all__ = ['answer_key', 'check_questions', 'plan_answers', 'swap_image', 'pick_
            'encode_images', 'disturb', 'takes_features', 'image_features', 'tokenize_prompts', 'generate_batch',
            'answer_lengths', 'AnswerLengths', 'attempt', 'encode_each', 'prepare_views', 'what_is_shown', 'LocalEngine',
            'name_of', 'read_chunks', 'error_row', 'answer_row', 'answer_batch', 'chunk_features', 'answer_chunk',
-           'beside', 'keep_settings', 'run_engine', 'generate_answers']
+           'beside', 'keep_settings', 'run_engine', 'Endpoint', 'explain_api', 'ask', 'concurrently', 'data_url',
+           'message', 'EndpointEngine', 'Answerer', 'RayEngine', 'generate_answers']
 
-# %% ../nbs/12_generate.ipynb #1abf2ea8
-import contextlib, inspect, json, sys, tempfile
+# %% ../nbs/12_generate.ipynb #8ac1eefd
+import asyncio, base64, contextlib, inspect, io, json, logging, os, queue, re, sys, tempfile, threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from .core import JsonlWriter, TitaError, image_path, open_image, progress, read_jsonl, seed_for, write_json
+from .core import JsonlWriter, TitaError, open_image, progress, read_jsonl, seed_for, write_json
 from .augment import View, parse_view, view_seed
 from .models import chat_prompt
+from .sources import find_image
 
 # %% ../nbs/12_generate.ipynb #ab57c3ee
 def answer_key(
@@ -91,13 +93,13 @@ class RowSampler(LogitsProcessor):
         ids = pick_tokens(scores, self.u[self.step].to(scores.device), self.temperature, self.top_p); self.step += 1
         return torch.full_like(scores, -float("inf")).scatter_(1, ids[:, None], 0.)
 
-# %% ../nbs/12_generate.ipynb #354f494f
+# %% ../nbs/12_generate.ipynb #b77fb498
 def get_image(
     images, # folder, or a mapping from name to Pillow image
     name: str, # as the question has it
 ) -> Image.Image: # RGB
     "One picture. Raises `TitaError` if it is missing or damaged."
-    if isinstance(images, (str, Path)): return open_image(image_path(images, name))
+    if isinstance(images, (str, Path)): return open_image(find_image(images, name))
     if name not in images: raise TitaError(f"image {name!r} is not among the {len(images)} given images")
     return images[name].convert("RGB")
 
@@ -414,6 +416,181 @@ def run_engine(
                 if bad: failures.write_many(bad)
                 bar.update(len(good) + len(bad))
     return count
+
+# %% ../nbs/12_generate.ipynb #51bf6af5
+@dataclass
+class Endpoint:
+    "A model behind an OpenAI-compatible API."
+    base_url: str # http://host:port/v1
+    model: str # as the server calls it
+    key_env: str = "OPENAI_API_KEY" # environment variable that holds the key; local servers need none
+    concurrency: int = 8 # requests under way at a time
+    timeout: float = 120. # seconds for one request
+    retries: int = 5 # of one request
+
+    def client(self):
+        "A new asynchronous client."
+        import openai
+        return openai.AsyncOpenAI(base_url=self.base_url, api_key=os.environ.get(self.key_env) or "none", timeout=self.timeout, max_retries=self.retries)
+
+    def hide(self, text: str) -> str:
+        "A message without the key."
+        key = os.environ.get(self.key_env)
+        return text.replace(key, "***") if key else text
+
+# %% ../nbs/12_generate.ipynb #6c0aa4cb
+def explain_api(
+    endpoint: Endpoint, # that was asked
+    e: Exception, # what the client raised
+) -> tuple: # the reason, and whether it concerns every request
+    "What an error of an API means."
+    import openai
+    body = endpoint.hide(re.sub(r"^Error code: \d+ - ", "", " ".join(str(getattr(e, "message", e)).split())))[:300]
+    if isinstance(e, (openai.AuthenticationError, openai.PermissionDeniedError)): return f"{endpoint.base_url} refuses the key ({body}); set {endpoint.key_env}", True
+    if isinstance(e, openai.NotFoundError): return f"{endpoint.base_url} does not know the model {endpoint.model!r} or the path ({body}); check both", True
+    if isinstance(e, openai.APITimeoutError): return f"no answer within {endpoint.timeout:g} s", False
+    if isinstance(e, openai.APIConnectionError): return f"no connection to {endpoint.base_url}; is the server running?", False
+    if isinstance(e, openai.APIStatusError): return f"HTTP {e.status_code}: {body}", False
+    return f"{type(e).__name__}: {body}", False
+
+# %% ../nbs/12_generate.ipynb #6d9e9224
+async def ask(
+    endpoint: Endpoint, # whom
+    client, # of `Endpoint.client`
+    messages: list[dict], # in OpenAI's form
+    **options, # temperature, max_tokens, response_format, ...
+) -> tuple: # text, and whether it was cut off
+    "One request. Raises `TitaError` with what an error means; its `fatal` says whether it concerns every request."
+    import openai
+    try:
+        r = await client.chat.completions.create(model=endpoint.model, messages=messages, **options)
+        choice = r.choices[0] if getattr(r, "choices", None) else None
+        if choice is None: raise TitaError("the server sent no answer")
+        if refusal := getattr(choice.message, "refusal", None): raise TitaError(f"refused: {refusal}")
+        if not choice.message.content: raise TitaError(f"the answer is empty (finish_reason {choice.finish_reason})")
+        return choice.message.content, choice.finish_reason == "length"
+    except (openai.OpenAIError, ValueError) as e:
+        if isinstance(e, TitaError): raise
+        why, fatal = explain_api(endpoint, e)
+        told = TitaError(why); told.fatal = fatal
+        raise told from None
+
+# %% ../nbs/12_generate.ipynb #eff6187a
+def concurrently(
+    work, # async function of (client, item)
+    items, # what to work on
+    endpoint: Endpoint, # for client and concurrency
+): # (item, result, None) or (item, None, TitaError), as they are finished
+    "Work on items concurrently, in a thread of its own."
+    results, rest, stop = queue.Queue(), iter(items), threading.Event()
+    async def worker(client):
+        for item in rest:
+            if stop.is_set(): return
+            try: results.put((item, await work(client, item), None))
+            except Exception as e: results.put((item, None, e if isinstance(e, TitaError) else TitaError(f"{type(e).__name__}: {e}")))
+    async def run():
+        async with endpoint.client() as client: await asyncio.gather(*(worker(client) for _ in range(endpoint.concurrency)))
+    def thread():
+        try: asyncio.run(run())
+        except Exception as e: results.put(e)
+        results.put(None)
+    threading.Thread(target=thread, daemon=True).start()
+    try:
+        while (r := results.get()) is not None:
+            if isinstance(r, Exception): raise r
+            yield r
+    finally: stop.set()
+
+# %% ../nbs/12_generate.ipynb #9a2659b7
+def data_url(
+    image: Image.Image, # RGB
+) -> str: # data:image/png;base64,...
+    "A picture inside a message, without loss."
+    buffer = io.BytesIO(); image.save(buffer, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+def message(
+    text: str, # what is asked
+    images=(), # Pillow images that come with it
+) -> list[dict]: # in OpenAI's form
+    "A question with its images as a conversation of one turn."
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(im)}} for im in images] + [{"type": "text", "text": text}]}]
+
+# %% ../nbs/12_generate.ipynb #02e9f44e
+@dataclass
+class EndpointEngine:
+    "Answers with a model behind an API."
+    endpoint: Endpoint # whom to ask
+    images: object # folder, or a mapping from name to Pillow image
+    names: list # all image names, sorted: for the view `swap`
+    max_new_tokens: int = 512 # greatest length of an answer
+    temperature: float = 0. # 0: greedy
+    top_p: float = 1. # when sampling
+    seed: int = 0 # of views and samples
+
+    @property
+    def model_name(self): return self.endpoint.model
+
+    async def answer(self, client, task: dict) -> dict:
+        "One answer row."
+        name, view = what_is_shown(task, self.names, self.seed); images = []
+        if name: images = [parse_view(view).image(await asyncio.to_thread(get_image, self.images, name), view_seed(self.seed, view, name))]
+        options = dict(max_tokens=self.max_new_tokens, temperature=self.temperature, seed=seed_for("sample", self.seed, *answer_key(task)) % 2**31)
+        if self.temperature and self.top_p < 1: options["top_p"] = self.top_p
+        text, cut = await ask(self.endpoint, client, message(task["text"], images), **options)
+        return answer_row(self, task, text.strip(), cut)
+
+    def __call__(self, tasks: list):
+        "Answer all tasks: yields lists of answer rows and of error rows."
+        if wrong := next((t["view"] for t in tasks if parse_view(t["view"]).on == "tensor"), None):
+            raise TitaError(f"view {wrong!r} is noise on the model's own tensors, and a server takes only images; use 'pixel-{wrong}' or engine transformers")
+        for task, row, err in concurrently(self.answer, tasks, self.endpoint):
+            if getattr(err, "fatal", False): raise err
+            yield ([row], []) if err is None else ([], [error_row(task, str(err))])
+
+# %% ../nbs/12_generate.ipynb #0f041895
+class Answerer:
+    "What an actor does: load the model once, then answer chunks of tasks."
+    def __init__(self, model: str, images: str, settings: dict):
+        from tita.models import load_processor, load_vlm
+        self.engine = LocalEngine(load_vlm(model), load_processor(model), images, **settings)
+
+    def __call__(self, batch: dict) -> dict:
+        done = [part for chunk in batch["tasks"] for part in self.engine(json.loads(chunk))]
+        return {"finished": [json.dumps(part) for part in done]}
+
+@dataclass
+class RayEngine:
+    "Answers with a pool of actors."
+    model: str # folder or hub name
+    images: str # folder that every actor can read
+    names: list # all image names, sorted: for the view `swap`
+    settings: dict # of `LocalEngine`
+    actors: int = 1 # how many copies of the model
+    gpus: float = 0. # of each actor
+
+    def chunks(self, tasks: list) -> list[str]:
+        "Tasks as JSON, those about one image together, at least one chunk for each actor."
+        groups = {}
+        for t in tasks: groups.setdefault(t["image"], []).append(t)
+        size = min(self.settings.get("batch_size", 64), -(-len(groups) // self.actors)); names = list(groups)
+        return [json.dumps([t for n in names[i:i + size] for t in groups[n]]) for i in range(0, len(names), size)]
+
+    def __call__(self, tasks: list):
+        "Answer all tasks: yields lists of answer rows and of error rows."
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try: import ray.data
+        except ImportError: raise TitaError("engine ray is an extra; pip install 'tita[ray]', or use engine transformers") from None
+        if started := not ray.is_initialized(): ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        for name in "ray.data", "ray.data._internal": logging.getLogger(name).setLevel("ERROR")
+        chunks = [{"tasks": c} for c in self.chunks(tasks)]
+        try:
+            rows = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(Answerer, batch_size=1, num_gpus=self.gpus, compute=ray.data.ActorPoolStrategy(size=self.actors),
+                fn_constructor_args=(str(self.model), str(Path(self.images).resolve()), self.settings | {"names": self.names}))
+            for row in rows.iter_rows(): yield tuple(json.loads(row["finished"]))
+        finally:
+            if started: ray.shutdown()
 
 # %% ../nbs/12_generate.ipynb #fe941728
 def generate_answers(
