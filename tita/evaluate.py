@@ -79,21 +79,29 @@ def evaluate(
     with _open_answers(out) as writer, progress(total=len(questions), desc=desc, unit="question") as bar:
         rows.update(writer.rows_there); todo = [q for q in questions if q["question_id"] not in rows]; bar.update(len(questions) - len(todo))
         for start in range(0, len(todo), chunk):
-            part = todo[start:start + chunk]; texts, errors = ask([_image(q, images) for q in part], [q["text"] for q in part])
-            made = [{k: q[k] for k in ("question_id", "scene", "kind", "truth")} | {"answer": t} for q, t, e in zip(part, texts, errors) if not e]
+            part = todo[start:start + chunk]; texts, errors = _ask_once(ask, [_image(q, images) for q in part], [q["text"] for q in part])
+            made = [{k: q[k] for k in ("question_id", "scene", "kind", "truth") if k in q} | {"answer": t} for q, t, e in zip(part, texts, errors) if not e]
             failed += [(q["question_id"], e) for q, e in zip(part, errors) if e]
             writer.write_many(made); rows.update({r["question_id"]: r for r in made}); bar.update(len(part))
     if failed: raise TitaError(f"{len(failed)} of {len(questions)} questions failed, the first {failed[0][0]!r}: {failed[0][1]}; what was answered is kept, run again for the rest")
     return [rows[q["question_id"]] for q in questions]
 
 # %% ../nbs/41_evaluate.ipynb #5054b974
+def _ask_once(ask, images, texts) -> tuple: # texts, errors
+    "Equal questions about one image are asked once: POPE's splits share those about objects that are there."
+    where = {}
+    for im, t in zip(images, texts): where.setdefault((im if isinstance(im, (str, Path)) else id(im), t), (len(where), im, t))
+    said, errors = ask(*(list(c) for c in list(zip(*where.values()))[1:]))
+    at = [where[im if isinstance(im, (str, Path)) else id(im), t][0] for im, t in zip(images, texts)]
+    return [said[i] for i in at], [errors[i] for i in at]
+
 class _open_answers:
     "A JSON Lines file of answers with what is in it; nothing at all for no file."
     def __init__(self, path): self.path, self.rows_there, self.writer = path, {}, None
     def __enter__(self):
         if self.path is None: return self
         self.writer = JsonlWriter(self.path, key="question_id")
-        self.rows_there = {r["question_id"]: r for r in read_jsonl(self.path, ("question_id", "scene", "kind", "truth", "answer"))}
+        self.rows_there = {r["question_id"]: r for r in read_jsonl(self.path, ("question_id", "answer"))}
         return self
     def __exit__(self, *exc):
         if self.writer: self.writer.close()
