@@ -17,9 +17,9 @@ class Log(list):
 
 def main(config: str, log: str | None = None):
     from tita.core import read_jsonl
-    from tita.standin import Persona, StandIn
+    from tita.standin import Persona, StandIn, known_answers
     config = json.loads(config)
-    if path := config.pop("answers", None): config["answers"] = {q["text"]: str(q["answer"]) for q in read_jsonl(path) if "answer" in q}
+    if path := config.pop("answers", None): config["answers"] = known_answers(read_jsonl(path), Path(path).parent)
     if "models" in config: config["models"] = {m: Persona(**p) for m, p in config["models"].items()}
     server = StandIn(**config)
     if log: server.log = Log(log)
