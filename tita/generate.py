@@ -453,14 +453,14 @@ def explain_api(
     if isinstance(e, openai.APIStatusError): return f"HTTP {e.status_code}: {body}", False
     return f"{type(e).__name__}: {body}", False
 
-# %% ../nbs/12_generate.ipynb #6d9e9224
+# %% ../nbs/12_generate.ipynb #c9a3b5a7
 async def ask(
     endpoint: Endpoint, # whom
     client, # of `Endpoint.client`
     messages: list[dict], # in OpenAI's form
     **options, # temperature, max_tokens, response_format, ...
 ) -> tuple: # text, and whether it was cut off
-    "One request. Raises `TitaError` with what an error means; its `fatal` says whether it concerns every request."
+    "One request. Raises `TitaError` with what an error means; `fatal`: it concerns every request; `wait`: seconds that the server asks for."
     import openai
     try:
         r = await client.chat.completions.create(model=endpoint.model, messages=messages, **options)
@@ -471,8 +471,8 @@ async def ask(
         return choice.message.content, choice.finish_reason == "length"
     except (openai.OpenAIError, ValueError) as e:
         if isinstance(e, TitaError): raise
-        why, fatal = explain_api(endpoint, e)
-        told = TitaError(why); told.fatal = fatal
+        why, fatal = explain_api(endpoint, e); told = TitaError(why); told.fatal = fatal
+        told.wait = float(w) if (w := getattr(getattr(e, "response", None), "headers", {}).get("retry-after", "")).replace(".", "", 1).isdigit() else None
         raise told from None
 
 # %% ../nbs/12_generate.ipynb #eff6187a
