@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['LOSSES', 'implicit_reward', 'margin', 'sigmoid_loss', 'hinge_loss', 'ipo_loss', 'dpo_loss', 'fill_batches',
            'ImageSampler', 'TreeCollator', 'TreeOptions', 'PrefixSharedDPOConfig', 'as_rows', 'fit_rows', 'tokenised',
-           'TreeForward', 'PrefixSharedDPOTrainer']
+           'set_rate', 'TreeForward', 'PrefixSharedDPOTrainer', 'PrefixSharedSFTConfig', 'PrefixSharedSFTTrainer']
 
-# %% ../nbs/20_dpo.ipynb #b403ab5f
+# %% ../nbs/20_dpo.ipynb #e5332f0d
 from dataclasses import dataclass, field
 import warnings, torch, torch.nn.functional as F
 from torch import Tensor
 from datasets import Dataset, Image as ImageFeature, Sequence
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from .core import TitaError
-from .trees import ImageStore, TowerCache, answer_index, encode_rows, fit_mask, freeze_vision, gathered, grow_trees, mrope, pad_trees
+from .images import ImageStore, TowerCache, freeze_vision, projector
+from .trees import answer_index, encode_rows, fit_mask, gathered, grow_trees, mrope, pad_trees
 
 # %% ../nbs/20_dpo.ipynb #b3e8090d
 def implicit_reward(
@@ -101,7 +102,7 @@ class ImageSampler(torch.utils.data.Sampler):
             order = [i for k in range(0, len(order), step) for i in sorted(order[k:k+step], key=lambda i: -self.lengths[i])]
         yield from fill_batches([self.groups[i] for i in order], self.batch_size)
 
-# %% ../nbs/20_dpo.ipynb #e3cf2b5d
+# %% ../nbs/20_dpo.ipynb #4c8a814b
 @dataclass
 class TreeCollator:
     "Rows of `encode_rows` into trees and TRL's view of their answers."
@@ -110,16 +111,22 @@ class TreeCollator:
     share: str="image" # as in `grow_trees`
     positions: object=None # of `mrope`
     known: object=None # called without arguments: are all features in the tower cache?
+    answers: tuple=("chosen", "rejected") # names of the rows' answers
     side: str="right" # where trees are padded
 
-    def __call__(self, rows):
-        trees, starts, lines, images = grow_trees(rows, self.store, share=self.share, positions=self.positions)
+    def plant(self, rows) -> tuple: # the trees as inputs, and the labels of all answers: the first answers of all rows, then the second ones
+        trees, starts, lines, images = grow_trees(rows, self.store, self.answers, self.share, self.positions)
         r, c, labels = (x[[i for line in lines for i in line]] for x in answer_index(trees, starts, self.side))
         numbers = [n for g in images for n in g]
         inputs = pad_trees(trees, self.pad_id, self.side) | self.store.inputs(numbers, pixels=not (self.known and self.known()))
-        there = (labels != -100).long()
-        batch = dict(tree=dict(inputs=inputs, rows=r, cols=c, images=numbers), input_ids=F.pad(labels.clamp(min=0), (1, 0)),
-            completion_mask=F.pad(there, (1, 0)), attention_mask=F.pad(there, (1, 0)))
+        return dict(inputs=inputs, rows=r, cols=c, images=numbers), labels
+
+    def __call__(self, rows):
+        tree, labels = self.plant(rows)
+        labels = F.pad(labels, (1, 0), value=-100)  # TRL shifts labels by one; the answers' predictions are shifted already
+        batch = dict(tree=tree, input_ids=labels.clamp(min=0), attention_mask=(labels != -100).long())
+        if self.answers == ("chosen", "rejected"): batch["completion_mask"] = batch["attention_mask"]
+        else: batch["labels"] = labels
         for k in ("ref_chosen_logps", "ref_rejected_logps"):
             if k in rows[0]: batch[k] = torch.tensor([row[k] for row in rows])
         return batch
@@ -157,69 +164,97 @@ class PrefixSharedDPOConfig(TreeOptions, DPOConfig):
     chosen_weight: float = field(default=0.0, metadata={"help": "Weight of -log p(chosen), summed over its tokens, in the loss."})
     precompute_ref_log_probs: bool = field(default=True, metadata={"help": "Compute the reference's log-probabilities once, before training."})
 
-# %% ../nbs/20_dpo.ipynb #4d00fd26
+# %% ../nbs/20_dpo.ipynb #59862971
 def as_rows(
-    dataset, # list of pair rows, or a datasets.Dataset with image or images, prompt, chosen, rejected
+    dataset, # list of rows, or a datasets.Dataset, with image or images, prompt and answers
+    answers=("chosen", "rejected"), # names of the answers
 ) -> list[dict]: # plain rows, images not decoded
-    "Rows of preference data. Raises `TitaError` if there is none or one lacks a part."
+    "Rows of training data. Raises `TitaError` if there is none or one lacks a part."
     if isinstance(dataset, Dataset):
         for name, feature in dataset.features.items():
             if isinstance(feature, ImageFeature): dataset = dataset.cast_column(name, ImageFeature(decode=False))
             elif "Image(" in str(feature): dataset = dataset.cast_column(name, Sequence(ImageFeature(decode=False)))
     rows = list(dataset)
-    if not rows: raise TitaError("the preference data set is empty; check the pairs file and what filtered it")
+    if not rows: raise TitaError("the data set is empty; check the file and what filtered it")
     for i, row in enumerate(rows):
-        missing = [k for k in ("prompt", "chosen", "rejected") if row.get(k) in (None, "", [])] + ["image"] * (row.get("image", row.get("images")) in (None, "", []))
-        if missing: raise TitaError(f"row {i}: no {', '.join(missing)}; every pair needs an image, a prompt and two answers")
-        if row["chosen"] == row["rejected"]: raise TitaError(f"row {i}: chosen and rejected are equal, which teaches nothing; drop such rows (tita-data pairs does)")
+        missing = [k for k in ("prompt", *answers) if row.get(k) in (None, "", [])] + ["image"] * (row.get("image", row.get("images")) in (None, "", []))
+        if missing: raise TitaError(f"row {i}: no {', '.join(missing)}; every row needs an image, a prompt and {' and '.join(answers)}")
+        if "rejected" in answers and row["chosen"] == row["rejected"]: raise TitaError(f"row {i}: chosen and rejected are equal, which teaches nothing; drop such rows (tita-data pairs does)")
     return rows
 
-# %% ../nbs/20_dpo.ipynb #9b4100ab
+# %% ../nbs/20_dpo.ipynb #6538f4e1
 def fit_rows(
     rows, # of `encode_rows`
     store: ImageStore, # of their images
     limit: int|None, # tokens that a row may have; None: any
     too_long: str="error", # or "drop"
+    answers=("chosen", "rejected"), # names of the answers
 ) -> tuple[list, int]: # rows that fit, number of rows dropped
     "Keep rows that fit. Raises `TitaError` if one does not and `too_long` is 'error'."
     size = {n: len(store.tokens(n)) - 1 for n in range(len(store))}
-    length = lambda r: len(r["prompt_ids"]) + sum(size[n] for n in r["image_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"]))
+    length = lambda r: len(r["prompt_ids"]) + sum(size[n] for n in r["image_ids"]) + max(len(r[f"{a}_ids"]) for a in answers)
     rows = [r | {"length": length(r)} for r in rows]
     long = [i for i, r in enumerate(rows) if limit and r["length"] > limit]
     if long and too_long == "error":
         raise TitaError(f"{len(long)} of {len(rows)} rows are longer than {limit} tokens (row {long[0]}: {rows[long[0]]['length']}); drop them with too_long='drop' or raise max_length. Nothing is cut silently")
     return [r for r in rows if not limit or r["length"] <= limit], len(long)
 
-# %% ../nbs/20_dpo.ipynb #03863874
+# %% ../nbs/20_dpo.ipynb #9914d58f
 def tokenised(
     dataset, # as in `as_rows`
     store: ImageStore, # takes the images in
     limit: int|None, # tokens that a row may have
     too_long: str="error", # or "drop"
+    answers=("chosen", "rejected"), # names of the answers
     sort: bool=True, # put the rows of an image one after the other
 ) -> Dataset: # columns prompt_ids, chosen_ids, rejected_ids, image_ids, length
-    "A preference data set as TRL's trainer takes text."
-    rows, dropped = fit_rows(encode_rows(as_rows(dataset), store), store, limit, too_long)
+    "A data set as TRL's trainers take text."
+    if isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names: return dataset
+    rows, dropped = fit_rows(encode_rows(as_rows(dataset, answers), store, answers), store, limit, too_long, answers)
     if not rows: raise TitaError(f"all {dropped} rows are longer than {limit} tokens; raise max_length")
     if sort: rows.sort(key=lambda r: r["image_ids"][:1])
     return Dataset.from_list(rows)
 
-# %% ../nbs/20_dpo.ipynb #1a5bce5d
+# %% ../nbs/20_dpo.ipynb #dca896af
+def set_rate(
+    optimizer: torch.optim.Optimizer, # that has not stepped yet
+    parameters, # to be moved into groups of their own
+    lr: float, # their learning rate
+):
+    "Give some parameters another learning rate."
+    chosen = {id(p) for p in parameters}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in chosen]
+        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        if moved: optimizer.add_param_group({k: v for k, v in group.items() if k != "params"} | dict(params=moved, lr=lr))
+
+# %% ../nbs/20_dpo.ipynb #004c28d5
 class TreeForward:
-    "For a trainer: forward trees where it would forward rows."
-    def _plant(self, model, processor, args, image_root=None):
+    "For a trainer of TRL or transformers: forward trees where it would forward rows."
+    def _plant(self, model, processor, args, image_root=None, answers=("chosen", "rejected"), store=None):
         "Before the trainer is built: freeze, and make store, cache and collator."
         freeze_vision(model, args.freeze_vision, args.freeze_projector)
-        self.store = ImageStore(processor, image_root, int(args.image_cache_gb * 2**30), args.image_pad)
+        self.store = store or ImageStore(processor, image_root, int(args.image_cache_gb * 2**30), args.image_pad)
         self.cache = TowerCache(model, int(args.feature_cache_gb * 2**30))
-        return TreeCollator(self.store, processor.tokenizer.pad_token_id or 0, args.share, mrope(model), lambda: self.cache.complete(len(self.store)))
+        args.max_length = args.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        return TreeCollator(self.store, processor.tokenizer.pad_token_id or 0, args.share, mrope(model), lambda: self.cache.complete(len(self.store)), answers)
 
     def _tree_forward(self, model, tree, **kwargs):
         "Called in place of the model; what comes out of its head is for the answers' tokens alone."
         inner = self.accelerator.unwrap_model(model)  # the policy or a reference, out of DDP or DeepSpeed
         inputs = tree["inputs"] | {"attention_mask": fit_mask(inner, tree["inputs"]["attention_mask"])}
-        with gathered(inner, tree["rows"], tree["cols"]), self.cache.using(tree["images"]):
-            return model(**inputs, **kwargs)
+        with gathered(inner, tree["rows"], tree["cols"]), self.cache.using(tree["images"]): return model(**inputs, **kwargs)
+
+    def _like_model(self, model):
+        "What TRL's losses take for the model: they pass their own batch, of which the tree and the labels are used."
+        def forward(tree, labels, input_ids, attention_mask, **kwargs): kept.append(self._tree_forward(model, tree, shift_labels=labels[:, 1:], **kwargs)); return kept[0]
+        kept = []
+        return forward, kept
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        if self.args.projector_lr is not None: set_rate(optimizer, projector(self.model).parameters(), self.args.projector_lr)
+        return optimizer
 
     def _get_train_sampler(self, train_dataset=None):
         data = self.train_dataset if train_dataset is None else train_dataset
@@ -227,34 +262,26 @@ class TreeForward:
         lengths = list(data["length"]) if self.args.train_sampling_strategy == "group_by_length" else None
         return ImageSampler(list(data["image_ids"]), self.args.train_batch_size, self.args.seed, lengths)
 
-# %% ../nbs/20_dpo.ipynb #d32ab8c5
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list({*self._signature_columns, "image_ids", *(f"{a}_ids" for a in ("prompt", *self._answers))})
+
+# %% ../nbs/20_dpo.ipynb #88403c93
 class PrefixSharedDPOTrainer(TreeForward, DPOTrainer):
     "TRL's `DPOTrainer` for vision-language models, each image's prefix computed once."
+    _answers = "chosen", "rejected"
     def __init__(self, model, ref_model=None, args=None, train_dataset=None, eval_dataset=None, processing_class=None,
         image_root=None, # folder of images that are named by path
         **kwargs): # for DPOTrainer
         args = args or PrefixSharedDPOConfig("dpo")
         if args.sync_ref_model: raise TitaError("sync_ref_model moves the reference, which is computed once here; use TRL's DPOTrainer for it")
         if train_dataset is None: raise TitaError("train_dataset is missing; give preference rows")
-        args.precompute_ref_log_probs, args.max_length = True, args.max_length or model.config.get_text_config().max_position_embeddings
+        args.precompute_ref_log_probs = True
         kwargs.setdefault("data_collator", self._plant(model, processing_class, args, image_root))
         train, evals = (None if d is None else self._prepare_dataset(d, processing_class, args) for d in (train_dataset, eval_dataset))
         super().__init__(model=model, ref_model=ref_model, args=args, train_dataset=train, eval_dataset=evals, processing_class=processing_class, **kwargs)
 
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name=None):
-        if isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names: return dataset
-        return tokenised(dataset, self.store, args.max_length, args.too_long, sort=args.share == "image")
-
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        if "image_ids" not in self._signature_columns: self._signature_columns += ["image_ids"]
-
-    def _like_model(self, model):
-        "What TRL's loss takes for the model: it passes its own batch, of which the tree and the labels are used."
-        def forward(tree, labels, input_ids, attention_mask, **kwargs): kept.append(self._tree_forward(model, tree, shift_labels=labels[:, 1:], **kwargs)); return kept[0]
-        kept = []
-        return forward, kept
-
+    def _prepare_dataset(self, dataset, processing_class, args, *_): return tokenised(dataset, self.store, args.max_length, args.too_long, self._answers, args.share == "image")
     def compute_ref_log_probs(self, model, inputs): return super().compute_ref_log_probs(self._like_model(model)[0], inputs)
 
     def _compute_loss(self, model, inputs, return_outputs):
@@ -262,3 +289,22 @@ class PrefixSharedDPOTrainer(TreeForward, DPOTrainer):
         loss = super()._compute_loss(forward, inputs, return_outputs)
         if self.args.chosen_weight: loss = loss - self.args.chosen_weight * kept[0].log_probs.chunk(2)[0].sum(1).mean()
         return loss
+
+# %% ../nbs/20_dpo.ipynb #b6ef0221
+@dataclass
+class PrefixSharedSFTConfig(TreeOptions, SFTConfig):
+    "`SFTConfig`, and what concerns images and trees."
+
+class PrefixSharedSFTTrainer(TreeForward, SFTTrainer):
+    "TRL's `SFTTrainer` on trees: rows with image, prompt and completion."
+    _answers = "completion",
+    def __init__(self, model, args, train_dataset, processing_class, eval_dataset=None,
+        image_root=None, # folder of images that are named by path
+        **kwargs): # for SFTTrainer
+        kwargs.setdefault("data_collator", self._plant(model, processing_class, args, image_root, self._answers))
+        train, evals = (None if d is None else self._prepare_dataset(d, processing_class, args) for d in (train_dataset, eval_dataset))
+        super().__init__(model=model, args=args, train_dataset=train, eval_dataset=evals, processing_class=processing_class, **kwargs)
+
+    def _prepare_dataset(self, dataset, processing_class, args, *_): return tokenised(dataset, self.store, args.max_length, args.too_long, self._answers, args.share == "image")
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(self._like_model(model)[0], inputs, return_outputs, num_items_in_batch)
