@@ -304,7 +304,7 @@ def html_report(
     page.section("How to read this").terms(TERMS).terms({**info, "answers compared": f"by the rule “{result['match']}”", **({"left out": "; ".join(odd)} if odd else {})})
     return page.html()
 
-# %% ../nbs/62_bench_report.ipynb #9b3eea02
+# %% ../nbs/62_bench_report.ipynb #fc10d59f
 def _tile(name: str, s: Mapping) -> str:
     "A system's main numbers in large type."
     cost = f"{money(s['cost']['per_1000'], s['cost']['currency'])} for 1,000 questions" if s["cost"] else ""
@@ -318,7 +318,9 @@ def markdown_report(result: Mapping, pictures: Mapping, info: Mapping = {}, odd=
     def table(t): return "| " + " | ".join(map(cell, t[0])) + " |\n|" + "---|" * len(t[0]) + "\n" + "".join("| " + " | ".join(map(cell, r)) + " |\n" for r in t[1])
     parts = ["# Vision-language endpoints, side by side", cell(verdict(result)), table(main_table(result))]
     for title, name, t in ("Right answers", "accuracy", pair_table(result)), ("Latency", "latency", latency_table(result)), ("Under load", "sweep", sweep_table(result)), ("Cost", "cost", ([], [])), ("Errors", "errors", error_table(result)):
-        if name in pictures or t[1]: parts += [f"## {title}"] + [f"![{cell(pictures[name][0].alt)}](plots/{name}.png)"] * (name in pictures) + [table(t)] * bool(t[1])
+        if name in pictures or t[1]: parts.append(f"## {title}")
+        if name in pictures: parts.append(f"![{cell(pictures[name][0].alt)}](plots/{name}.png)")
+        if t[1]: parts.append(table(t))
     return "\n\n".join([*parts, "## How it was measured", "\n".join(f"- {cell(k)}: {cell(v)}" for k, v in {**TERMS, **info, "answers compared": result["match"]}.items()), *(f"- left out: {cell(o)}" for o in odd)]) + "\n"
 
 # %% ../nbs/62_bench_report.ipynb #eb686478
