@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHORT', 'SOURCES', 'ATTRIBUTES', 'KINDS', 'iter_array', 'iter_records', 'clean_question', 'as_turns', 'turn_pairs',
            'Source', 'source_of', 'sample_questions', 'question_rows', 'with_ids', 'read_rows', 'read_questions',
-           'pair_rows', 'read_pairs', 'to_seva', 'to_mllm', 'to_llava', 'find_image', 'check_image',
+           'read_answers', 'pair_rows', 'read_pairs', 'to_seva', 'to_mllm', 'to_llava', 'find_image', 'check_image',
            'check_questions_file', 'write_parquet', 'read_parquet', 'parquet_images', 'write_jsonl']
 
 # %% ../nbs/10_sources.ipynb #95045d95
@@ -152,32 +152,35 @@ def question_rows(
     if not text.strip(): raise TitaError("the question is empty")
     return [row | {"text": clean_question(text)}]
 
-# %% ../nbs/10_sources.ipynb #72e31851
+# %% ../nbs/10_sources.ipynb #63576950
 def with_ids(
     placed, # pairs of line number and row
     path: str | Path, # for messages
     content: tuple, # keys that make up a row
     bad=None, # called with (line, text, reason) for an id that is used twice; None: raise
+    unique: tuple = ("question_id",), # keys that no two rows may share
 ): # pairs of line number and row, with question_id
     "Give rows that have no id one made of their content."
     first, again = {}, Counter()
     for line, row in placed:
         if row.get("question_id") is None:
             h = stable_hash(*(row.get(k) for k in content)); again[h] += 1
-            row = {"question_id": h if again[h] == 1 else f"{h}-{again[h]}"} | {k: v for k, v in row.items() if k != "question_id"}
-        if (name := row["question_id"]) in first:
-            told = f"question_id {name!r} is there twice (first in line {first[name]}); ids must differ"
+            row["question_id"] = h if again[h] == 1 else f"{h}-{again[h]}"
+        row = {"question_id": row["question_id"]} | row
+        if (key := tuple(row.get(k) for k in unique)) in first:
+            told = f"question_id {row['question_id']!r} is there twice (first in line {first[key]}); ids must differ"
             if bad is None: raise TitaError(f"{path}:{line}: {told}")
             bad(line, json.dumps(row, ensure_ascii=False), told); continue
-        first[name] = line
+        first[key] = line
         yield line, row
 
-# %% ../nbs/10_sources.ipynb #c7cfdeba
+# %% ../nbs/10_sources.ipynb #2a930dec
 def read_rows(
     path: str | Path, # JSON array, JSON Lines or Parquet
     convert, # a record -> its rows
     content: tuple = ("image", "text"), # keys that make an id where there is none
     bad=None, # called with (line, text, reason) for a bad record; None: raise
+    unique: tuple = ("question_id",), # keys that no two rows may share
 ): # pairs of line number and row, with question_id
     "Read a file of any of the formats. Raises `TitaError` naming file and line."
     def rows():
@@ -187,13 +190,26 @@ def read_rows(
                 if bad is None: raise TitaError(f"{path}:{line}: {e}") from None
                 bad(line, json.dumps(record, ensure_ascii=False), str(e)); continue
             yield from ((line, row) for row in converted)
-    return with_ids(rows(), path, content, bad)
+    return with_ids(rows(), path, content, bad, unique)
 
 def read_questions(path: str | Path, bad=None) -> list[dict]:
     "Question rows of a file of any of the formats; see `read_rows`."
     return [row for _, row in read_rows(path, question_rows, bad=bad)]
 
-# %% ../nbs/10_sources.ipynb #29640071
+# %% ../nbs/10_sources.ipynb #1730445c
+def read_answers(
+    path: str | Path, # answer file
+    view: str | None = None, # of all rows, for a file that does not say it
+    bad=None, # see `read_rows`
+) -> list[dict]: # answer rows
+    "Answer rows of this package or of SeVa."
+    def convert(r):
+        if not isinstance(r.get("answer"), str): raise TitaError(f"no key 'answer' (found: {', '.join(r)})")
+        if view is None and "view" not in r: raise TitaError(f"no key 'view'; say on which view the answers were given, as in clean={Path(path).name}")
+        row = question_rows(r)[0]; return [row | {"view": row.get("view", view)}]
+    return [row for _, row in read_rows(path, convert, bad=bad, unique=("question_id", "view", "sample"))]
+
+# %% ../nbs/10_sources.ipynb #b97c64e9
 ATTRIBUTES = "helpfulness", "correctness", "coherence", "complexity", "verbosity"
 _LOGPS = {"ref_win_logp": "ref_chosen_logp", "ref_rej_logp": "ref_rejected_logp"}
 
@@ -218,7 +234,7 @@ def pair_rows(
 
 def read_pairs(path: str | Path, bad=None) -> list[dict]:
     "Pair rows of a file of any of the formats; see `read_rows`."
-    return [{"source": Path(path).stem} | row for _, row in read_rows(path, pair_rows, ("image", "prompt", "chosen", "rejected"), bad)]
+    return [row | {"source": row.get("source", Path(path).stem)} for _, row in read_rows(path, pair_rows, ("image", "prompt", "chosen", "rejected"), bad)]
 
 # %% ../nbs/10_sources.ipynb #9350905e
 def to_seva(row: dict) -> dict:
