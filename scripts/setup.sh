@@ -13,7 +13,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$root"
-venv=$root/.venv stamp=$root/.venv/tita.stamp log=$root/.venv/setup.log
+venv=$root/.venv stamp=$root/.venv/tita.stamp log=""
 cpu_index=https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
@@ -129,7 +129,7 @@ pip_install() { # LABEL pip's arguments ...
 }
 
 pip_failed() { # what could not be installed
-    printf '%s\n' "---- the end of $log" >&2
+    printf '%s\n' "---- the end of what pip said" >&2
     tail -n 15 "$log" >&2
     printf '%s\n' "----" >&2
     die "$1 could not be installed; pip says above why" \
@@ -149,12 +149,12 @@ make_venv() {
         say "rebuilding .venv: it was made elsewhere, for another Python, or not to its end"
         rm -rf "$venv"
     fi
-    "$py" -m venv "$venv" || die "$py could not make $venv"
+    "$py" -m venv "$venv" > "$log" 2>&1 || { cat "$log" >&2; die "$py could not make $venv; see above"; }
 }
 
 # The build of PyTorch that fits: with CUDA where there is a GPU, without elsewhere. Prints nothing if it is there already.
 install_torch() {
-    local want have report=$venv/torch.json
+    local want have report=$log.json
     want=$(cat scripts/torch.lock)
     have=$("$venv/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' 2>/dev/null || true)
     if [ -n "${TITA_TORCH:-}" ]; then
@@ -175,15 +175,16 @@ install_torch() {
         else
             pip_install PyTorch --no-deps "$want" || pip_failed "$want"
         fi
-        rm -f "$report"
     else
         pip_failed "$want"
     fi
 }
 
 install_all() {
-    make_venv
+    log=$(mktemp -d "${TMPDIR:-/tmp}/tita-setup.XXXXXX")/log
+    trap 'rm -rf "${log%/log}"' EXIT
     touch "$log.start"
+    make_venv
     pip_install pip --upgrade -c scripts/requirements.lock pip setuptools wheel || pip_failed pip
     install_torch
     pip_install "packages" --no-deps --no-build-isolation -r scripts/requirements.lock || pip_failed scripts/requirements.lock
@@ -191,7 +192,6 @@ install_all() {
     "$venv/bin/python" -m pip check > "$log" 2>&1 || { say "note: pip check is not content with .venv:"; head -n 5 "$log"; }
     "$venv/bin/python" -c 'import torch, transformers' || die "PyTorch was installed but cannot be imported; see above" \
         "Remove .venv and run the same command again. Name another build with TITA_TORCH or TITA_TORCH_INDEX."
-    rm -f "$log.start"
     printf '%s %s\n' "$(fingerprint "$venv/bin/python")" "$(has_gpu && echo gpu || echo cpu)" > "$stamp.new"
     mv "$stamp.new" "$stamp"
 }
