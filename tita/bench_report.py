@@ -8,7 +8,7 @@ __all__ = ['ERRORS', 'COLORS', 'MARKS', 'TERMS', 'seconds', 'money', 'with_inter
            'latency_table', 'pair_table', 'sweep_table', 'error_table', 'verdict', 'disagreements', 'disagreement_html',
            'text_report', 'conditions', 'figures', 'html_report', 'markdown_report', 'write_report']
 
-# %% ../nbs/62_bench_report.ipynb #dd16e749
+# %% ../nbs/62_bench_report.ipynb #4de45656
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ import numpy as np
 from .core import TitaError, image_path, open_image, read_jsonl, run_info, write_json, write_text
 from .plots import GREY, INK, RULE, Picture, panels, styled
 from .report import Report, esc, image_uri
-from .scores import PERCENTILES, by_load, evaluate, read_results, score
+from .scores import PERCENTILES, evaluate, main_rows, read_results, score
 
 # %% ../nbs/62_bench_report.ipynb #a3ea29a1
 def seconds(t: float | None) -> str:
@@ -70,7 +70,7 @@ def accuracy_figure(
     fig.alt = "Accuracy in percent: " + "; ".join(f"{n} {with_interval(s['accuracy'])}" for n, s in systems.items())
     return fig
 
-# %% ../nbs/62_bench_report.ipynb #68de3a2b
+# %% ../nbs/62_bench_report.ipynb #5e00f1b1
 def _arrivals(ax, series: Mapping, title: str):
     "Share of answers that have arrived, against time."
     for i, (name, times) in series.items():
@@ -85,7 +85,7 @@ def latency_figure(
     systems: Mapping, # name -> rows
 ) -> Picture:
     "How many answers had arrived by when: the first token, and the whole answer."
-    ok = {n: [r for r in next(iter(by_load(rows).values())) if r["success"]] for n, rows in systems.items()}
+    ok = {n: [r for r in main_rows(rows) if r["success"]] for n, rows in systems.items()}
     parts = [("first token", lambda r: r["ttft"]), ("whole answer", lambda r: r["response_time"]), ("with retries and waiting", lambda r: r["total_time"] + r["queued"])]
     if not any(r["ttft"] for rows in ok.values() for r in rows): parts = parts[1:]
     fig, axes = panels(len(parts), columns=3, size=(3.1, 2.4), sharey=True)
@@ -94,22 +94,25 @@ def latency_figure(
     fig.alt = "Median time to the whole answer: " + "; ".join(f"{n} {seconds(float(np.median([r['response_time'] for r in rows])) if rows else None)}" for n, rows in ok.items())
     return fig
 
-# %% ../nbs/62_bench_report.ipynb #3b69f68b
+# %% ../nbs/62_bench_report.ipynb #b05ce16b
+def _sweep_panel(ax, name: str, loads: list, style: dict):
+    "One system's median and p95 against its throughput."
+    loads = [l for l in loads if l["latency"] and l["requests_per_second"]]; x = [l["requests_per_second"] for l in loads]
+    y, top = ([l["latency_with_retries"][k] for l in loads] for k in ("p50", "p95"))
+    ax.plot(x, top, color=style["color"], lw=1, ls=(0, (2, 2)), alpha=.8, label="95% are faster"); ax.plot(x, y, ms=5, label="half are faster", **style)
+    for l, a, b in zip(loads, x, y): ax.annotate(f"{l['rate']:g}/s" if l["rate"] else f"{l['concurrency']}", (a, b), (0, -11), textcoords="offset points", ha="center", fontsize=7.5, color=style["color"])
+    ax.set(title=short(name), xlabel="answers per second"); ax.grid(color=RULE, lw=.6); ax.yaxis.set_major_formatter(lambda v, _: seconds(v) if v > 0 else "0"); ax.tick_params(labelleft=True, labelbottom=True)
+
 @styled
 def sweep_figure(
     result: Mapping, # what `evaluate` returned, with sweeps
 ) -> Picture:
-    "Latency against throughput, a dot for each load."
+    "Latency with retries against throughput, a dot for each load."
     if not result["sweeps"]: raise TitaError("no system was run under several loads; run with --sweep 1,2,4,8")
-    fig = Picture(figsize=(6.2, 3.3), layout="constrained"); ax = fig.subplots(); order = list(result["systems"])
-    for name, loads in result["sweeps"].items():
-        loads = [l for l in loads if l["latency"] and l["requests_per_second"]]; x = [l["requests_per_second"] for l in loads]; style = look(order.index(name))
-        ax.plot(x, [l["latency_with_retries"]["p50"] for l in loads], label=f"{short(name)}: median", ms=5, **style)
-        ax.fill_between(x, [l["latency_with_retries"]["p50"] for l in loads], [l["latency_with_retries"]["p95"] for l in loads], color=style["color"], alpha=.13, lw=0, label="up to p95")
-        for l, at in zip(loads, x):
-            ax.annotate(f"{l['rate']:g}/s" if l["rate"] else f"{l['concurrency']}", (at, l["latency_with_retries"]["p50"]), (0, -11), textcoords="offset points", ha="center", fontsize=7.5, color=style["color"])
-    ax.set(xlabel="answers per second", ylabel="latency, retries included", title="Under load: the number at a dot is how many ask at once", xlim=(0, None)); ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
-    ax.grid(color=RULE, lw=.6); ax.yaxis.set_major_formatter(lambda y, _: seconds(y) if y > 0 else "0"); ax.legend(frameon=False, fontsize=7.5, loc="upper left")
+    order = list(result["systems"]); n = len(result["sweeps"])
+    fig, axes = panels(n, columns=3, size=(5.6, 2.9) if n == 1 else (3.4, 2.5), sharex=True, sharey=True)
+    for ax, (name, loads) in zip(axes, result["sweeps"].items()): _sweep_panel(ax, name, loads, look(order.index(name)))
+    axes[0].set_ylim(0, axes[0].get_ylim()[1] * 1.28); axes[0].set_xlim(0, axes[0].get_xlim()[1]); axes[0].legend(loc="upper left", frameon=False, fontsize=7.5, reverse=True)
     fig.alt = "; ".join(f"{n}: " + ", ".join(f"{l['concurrency']} at once {l['requests_per_second'] or 0:.1f}/s" for l in loads) for n, loads in result["sweeps"].items())
     return fig
 
@@ -205,7 +208,7 @@ def verdict(result: Mapping) -> str:
     if lost := [f"{n} {s['questions'] - s['succeeded']} of {s['questions']}" for n, s in systems.items() if s["succeeded"] < s["questions"]]: out.append(f"Questions without an answer: {', '.join(lost)}.")
     return " ".join(out)
 
-# %% ../nbs/62_bench_report.ipynb #2c7c8db5
+# %% ../nbs/62_bench_report.ipynb #eecedc55
 def disagreements(
     systems: Mapping, # name -> rows
     match: str = "find", # how answers are compared
@@ -214,7 +217,7 @@ def disagreements(
     "Questions on which systems differ, spread over the kinds."
     by_question = {}
     for name, rows in systems.items():
-        for r in next(iter(by_load(rows).values())):
+        for r in main_rows(rows):
             if r["success"] and (mark := score(r["response"], r["answer"], match)) is not None: by_question.setdefault(r["question_id"], []).append((name, r, mark))
     differ = [q for q in by_question.values() if len({m for *_, m in q}) > 1]; seen, ranked = Counter(), []
     for q in differ: ranked.append((seen[q[0][1]["kind"]], len(ranked), q)); seen[q[0][1]["kind"]] += 1
@@ -268,13 +271,13 @@ def _runs(path):
     try: return [r for r in json.loads(path.read_text())["runs"] if {"endpoints", "settings", "made_by"} <= r.keys()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return []
 
-# %% ../nbs/62_bench_report.ipynb #8e64e3a8
+# %% ../nbs/62_bench_report.ipynb #7a63607f
 def figures(result: Mapping, systems: Mapping) -> dict: # name -> (picture, caption)
     "All figures for which there is something to show."
     out = {}
     if any(s["accuracy"] for s in result["systems"].values()): out["accuracy"] = accuracy_figure(result), "Right answers with 95% intervals (Wilson). A short line means that the number is well known, not that it is good."
     if any(s["latency"] for s in result["systems"].values()): out["latency"] = latency_figure(systems), "The share of answers that had arrived by a time; the scale of time is logarithmic. Further left is faster."
-    if result["sweeps"]: out["sweep"] = sweep_figure(result), "Latency against throughput. Up to the bend, more requests at once bring more answers; after it they only wait longer."
+    if result["sweeps"]: out["sweep"] = sweep_figure(result), "Latency, failed attempts included, against throughput. The number at a dot is how many ask at once. Up to the bend, more at once bring more answers; after it they only wait longer."
     if cost := cost_figure(result): out["cost"] = cost, "Right answers against the cost of a thousand questions, at the prices listed below."
     if errors := errors_figure(result): out["errors"] = errors, "Failed attempts in percent of all attempts. Most were repeated with success; their time is in the latency with retries."
     return out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PERCENTILES', 'tidy', 'read_results', 'score', 'wilson', 'bootstrap_mean', 'compare_right', 'compare_times', 'holm',
-           'percentiles', 'busy_seconds', 'summarise', 'by_load', 'evaluate']
+           'percentiles', 'busy_seconds', 'summarise', 'by_load', 'main_rows', 'evaluate']
 
 # %% ../nbs/46_scores.ipynb #5305389f
 import json, math, re
@@ -188,12 +188,16 @@ def summarise(
         attempts=len(tries) or len(rows), attempt_errors=dict(Counter(t["error"] for t in tries if t["error"]).most_common()),
         retried=sum(len(r["attempts"]) > 1 for r in rows), cut_short=sum(r.get("finish_reason") == "length" for r in ok))
 
-# %% ../nbs/46_scores.ipynb #af9bfd7d
+# %% ../nbs/46_scores.ipynb #8de990c8
 def by_load(rows: list) -> dict:
     "Rows by load, the lightest first: (concurrency, rate) -> rows."
     loads = defaultdict(list)
     for r in rows: loads[r["concurrency"], r["rate"]].append(r)
     return dict(sorted(loads.items(), key=lambda kv: (kv[0][1] or 0, kv[0][0] or 0)))
+
+def main_rows(rows: list) -> list:
+    "Rows of the load under which most questions were asked, of equals the lightest."
+    return max(by_load(rows).values(), key=len)
 
 def _pair(first: list, second: list, match: str) -> dict:
     "Two systems on the questions that both answered."
@@ -202,16 +206,16 @@ def _pair(first: list, second: list, match: str) -> dict:
     marks = [m for m in marks if None not in m]; times = [(a[q]["response_time"], b[q]["response_time"]) for q in both if min(a[q]["response_time"], b[q]["response_time"]) > 0]
     return dict(accuracy=compare_right(*zip(*marks)) if marks else None, latency=compare_times(*zip(*times)) if times else None)
 
-# %% ../nbs/46_scores.ipynb #4dfa5c4e
+# %% ../nbs/46_scores.ipynb #747791ba
 def evaluate(
     systems: dict, # name -> rows, as `read_results` gives them
     match: str = "find", # how answers are compared
 ) -> dict: # systems, pairs, sweeps
     "Summaries of all systems and paired comparisons between them."
-    loads = {name: by_load(rows) for name, rows in systems.items()}; lightest = {name: next(iter(l.values())) for name, l in loads.items()}
-    names = list(systems); pairs = [dict(first=x, second=y, **_pair(lightest[x], lightest[y], match)) for i, x in enumerate(names) for y in names[i + 1:]]
+    loads = {name: by_load(rows) for name, rows in systems.items()}; main = {name: main_rows(rows) for name, rows in systems.items()}
+    names = list(systems); pairs = [dict(first=x, second=y, **_pair(main[x], main[y], match)) for i, x in enumerate(names) for y in names[i + 1:]]
     for what in "accuracy", "latency":
         known = [p[what] for p in pairs if p[what]]
         for test, p in zip(known, holm([t["p"] for t in known])): test["p_holm"] = p
     sweeps = {name: [dict(concurrency=c, rate=r, **summarise(rows, match)) for (c, r), rows in l.items()] for name, l in loads.items() if len(l) > 1}
-    return dict(match=match, systems={n: summarise(rows, match) for n, rows in lightest.items()}, pairs=pairs, sweeps=sweeps)
+    return dict(match=match, systems={n: summarise(rows, match) for n, rows in main.items()}, pairs=pairs, sweeps=sweeps)

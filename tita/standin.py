@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from .core import TitaError, seed_for
 
-# %% ../nbs/43_standin.ipynb #95e0e184
+# %% ../nbs/43_standin.ipynb #aa33e12d
 @dataclass
 class Persona:
     "How one served model behaves."
@@ -21,6 +21,7 @@ class Persona:
     delay: float = .05 # seconds until the first token
     itl: float = 0. # seconds between tokens
     prefix: str = "" # what it says before every answer
+    faults: dict | None = None # fault -> probability; None: those of the server
 
 # %% ../nbs/43_standin.ipynb #1b882a7f
 FAULTS = "429 408 409 500 503 400 401 403 404 422 quota drop cut truncate json error hang".split()
@@ -56,7 +57,7 @@ def read_prompt(
     if isinstance(content, str): return content, []
     return " ".join(p["text"] for p in content if p["type"] == "text"), [p["image_url"]["url"] for p in content if p["type"] == "image_url"]
 
-# %% ../nbs/43_standin.ipynb #eecf5b77
+# %% ../nbs/43_standin.ipynb #ce63bf25
 @dataclass
 class StandIn:
     "A local stand-in for an endpoint; use it as `with StandIn(...) as server: server.url`."
@@ -71,7 +72,7 @@ class StandIn:
     port: int = 0 # 0: one that is free
 
     def __post_init__(self):
-        if odd := [f for f in self.faults if f not in FAULTS]: raise TitaError(f"no fault {odd[0]!r}; choose from {', '.join(FAULTS)}")
+        if odd := [f for faults in (self.faults, *(p.faults or {} for p in self.models.values())) for f in faults if f not in FAULTS]: raise TitaError(f"no fault {odd[0]!r}; choose from {', '.join(FAULTS)}")
         self.log, self.times, self._open = [], Counter(), set()
 
     @property
@@ -90,7 +91,7 @@ def _about(images: list) -> str:
     "Which image a request brings."
     return "#" + hashlib.sha256(base64.b64decode(images[0].partition(",")[2])).hexdigest()[:16] if images else ""
 
-# %% ../nbs/43_standin.ipynb #dfd5f80e
+# %% ../nbs/43_standin.ipynb #e0b381a9
 @patch
 def answer(self: StandIn, model: str, prompt: str, images: list = ()) -> str:
     "What the model says to a question; right in `accuracy` of the cases."
@@ -98,7 +99,7 @@ def answer(self: StandIn, model: str, prompt: str, images: list = ()) -> str:
     known = next((q for q in (prompt + about, prompt, *self._starts(prompt)) if q in self.answers), None)
     if known is None: return who.prefix + "I was not told."
     rng = random.Random(seed_for("answer", self.seed, model, known)); right = self.answers[known]
-    wrong = sorted({a for a in self.answers.values() if a != right}) or ["no idea"]
+    start = known.split()[:2]; wrong = sorted({a for q, a in self.answers.items() if a != right and q.split()[:2] == start}) or ["no idea"]
     return who.prefix + (right if rng.random() < who.accuracy else rng.choice(wrong))
 
 @patch
@@ -167,7 +168,7 @@ async def stream(self: StandIn, body, fault, text, usage, write):
     send(b"data: [DONE]\n\n"); write(b"0\r\n\r\n")
     return True
 
-# %% ../nbs/43_standin.ipynb #3b2d4f72
+# %% ../nbs/43_standin.ipynb #cef3492c
 @patch
 async def _one(self: StandIn, reader, write):
     "Read one request, note it, answer it; false closes the connection."
@@ -175,7 +176,7 @@ async def _one(self: StandIn, reader, write):
     body = json.loads(raw or b"{}")
     if bad := self.check(path, headers, body): write(_reply(bad[0], {"error": dict(message=bad[1])})); return True
     prompt, images = read_prompt(body); asked = body["model"], prompt, self.times[body["model"], prompt]; self.times[asked[:2]] += 1
-    fault = draw_fault(self.faults, self.seed, *asked)
+    own = self.models[asked[0]].faults; fault = draw_fault(self.faults if own is None else own, self.seed, *asked)
     self.log.append(dict(model=asked[0], prompt=prompt, fault=fault, time=time.time(), images=images, stream=bool(body.get("stream")), body={k: v for k, v in body.items() if k != "messages"}))
     return await self.respond(body, fault, headers, write)
 
