@@ -152,9 +152,20 @@ make_venv() {
     "$py" -m venv "$venv" > "$log" 2>&1 || { cat "$log" >&2; die "$py could not make $venv; see above"; }
 }
 
+# Would the registry's own PyTorch bring CUDA packages? Read from its metadata, without downloading it.
+brings_cuda() { # REQUIREMENT
+    pip_install "PyTorch, which build" --dry-run --no-deps --use-feature=fast-deps --report "$log.json" "$1" || pip_failed "$1"
+    "$venv/bin/python" - "$log.json" <<'PY'
+import json, sys
+from pip._vendor.packaging.requirements import Requirement
+wanted = [Requirement(r) for r in json.load(open(sys.argv[1]))["install"][0]["metadata"].get("requires_dist", [])]
+sys.exit(not any(r.name.startswith(("nvidia-", "cuda-")) and (r.marker is None or r.marker.evaluate({"extra": ""})) for r in wanted))
+PY
+}
+
 # The build of PyTorch that fits: with CUDA where there is a GPU, without elsewhere. Prints nothing if it is there already.
 install_torch() {
-    local want have report=$log.json
+    local want have
     want=$(cat scripts/torch.lock)
     have=$("$venv/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' 2>/dev/null || true)
     if [ -n "${TITA_TORCH:-}" ]; then
@@ -165,18 +176,14 @@ install_torch() {
         return
     elif has_gpu; then
         pip_install "PyTorch with CUDA" --upgrade "$want" || pip_failed "$want"
-    elif "$venv/bin/python" -m pip install --dry-run --quiet --report "$report" "$want" > "$log" 2>&1; then
-        if grep -qE '"name": "(nvidia|cuda)-' "$report"; then
-            pip_install "PyTorch without CUDA" --index-url "$cpu_index" --timeout 15 --retries 1 --no-deps "$want" ||
-                die "$want would bring gigabytes of CUDA packages, there is no GPU here, and $cpu_index is not reachable" \
-                    "Name another index that has a build without CUDA: TITA_TORCH_INDEX=ADDRESS bash scripts/setup.sh" \
-                    "or a wheel: TITA_TORCH=/path/to/torch-2.13.0+cpu-....whl bash scripts/setup.sh" \
-                    "or take the CUDA packages: TITA_TORCH=$want bash scripts/setup.sh"
-        else
-            pip_install PyTorch --no-deps "$want" || pip_failed "$want"
-        fi
+    elif brings_cuda "$want"; then
+        pip_install "PyTorch without CUDA" --index-url "$cpu_index" --timeout 15 --retries 1 --no-deps "$want" ||
+            die "$want would bring gigabytes of CUDA packages, there is no GPU here, and $cpu_index is not reachable" \
+                "Name another index that has a build without CUDA: TITA_TORCH_INDEX=ADDRESS bash scripts/setup.sh" \
+                "or a wheel: TITA_TORCH=/path/to/torch-${want#torch==}+cpu-....whl bash scripts/setup.sh" \
+                "or take the CUDA packages: TITA_TORCH=$want bash scripts/setup.sh"
     else
-        pip_failed "$want"
+        pip_install PyTorch --no-deps "$want" || pip_failed "$want"
     fi
 }
 
