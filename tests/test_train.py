@@ -1,11 +1,13 @@
 """What the training notebooks cannot show: exactness against TRL for two families, processes that are killed, several processes, command lines."""
-import copy, os
+import copy, json, os, signal, subprocess, sys, time
+from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 import pytest, torch
 from PIL import Image
 from datasets import Dataset, Features, Image as ImageFeature, List, Value
 from peft import LoraConfig
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 from trl import DPOConfig, DPOTrainer
@@ -115,3 +117,67 @@ def test_tower_of_patches_is_cached(tmp_path):
     assert frozen.cache.complete(3) or frozen.ref_model is not None
     first = loss_and_gradient(frozen); again = loss_and_gradient(frozen)
     assert frozen.cache.complete(3) and first[0] == pytest.approx(again[0], rel=1e-6) and frozen.cache.calls <= calls + 1
+
+
+# ---- processes
+
+TRAIN = "from tita.train import main; main()"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A tiny model with its processor, eight images, and 24 pairs about them."
+    root = tmp_path_factory.mktemp("train"); (root / "images").mkdir()
+    model, processor = tiny_llava(); model.save_pretrained(root / "model"); processor.save_pretrained(root / "model")
+    lines = []
+    for i, s in enumerate(make_scenes(8, seed=4)):
+        s.image.save(root / "images" / f"{i}.png")
+        lines += [json.dumps(dict(question_id=f"{i}-{k}", image=f"{i}.png", prompt=q.text, chosen=q.answer, rejected="no" if q.answer == "yes" else "yes", source="test")) for k, q in enumerate(s.questions[1:4])]
+    (root / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def flags(folder, out, *more):
+    usual = f"--model_name_or_path {folder}/model --pairs {folder}/pairs.jsonl --images {folder}/images --output_dir {folder}/{out} --logging_steps 1 --report_to none --learning_rate 1e-3"
+    return ["dpo", *usual.split(), *map(str, more)]
+
+
+def start(argv, launcher=(), **env):
+    command = [*launcher, "tita-train"] if launcher else [sys.executable, "-c", TRAIN]
+    return subprocess.Popen([*command, *argv], env={**os.environ, "OMP_NUM_THREADS": "1", "TITA_PROGRESS": "0", "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def finish(process, timeout=900):
+    text, _ = process.communicate(timeout=timeout)
+    return process.returncode, text
+
+
+def weights(folder): return load_file(folder / "model.safetensors")
+
+
+def losses(folder): return [h["loss"] for h in json.loads((folder / "metrics.json").read_text())["history"]]
+
+
+def wait_for(path, process, timeout=300):
+    end = time.time() + timeout
+    while not path.exists():
+        assert process.poll() is None and time.time() < end, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def test_killed_and_resumed_equals_undisturbed(folder):
+    many = "--per_device_train_batch_size 4 --num_train_epochs 12 --save_steps 10 --chosen_weight 0.03".split()
+    code, text = finish(start(flags(folder, "whole", *many))); assert code == 0, text
+    process = start(flags(folder, "killed", *many))
+    wait_for(folder / "killed" / "checkpoint-20" / "complete.json", process)
+    os.killpg(process.pid, signal.SIGKILL); process.communicate()
+    assert not (folder / "killed" / "metrics.json").exists()
+    (folder / "killed" / "checkpoint-999").mkdir()  # one that was being written
+    code, text = finish(start(flags(folder, "killed", *many))); assert code == 2 and "not empty" in text and "--resume" in text and "Traceback" not in text
+    code, text = finish(start(flags(folder, "killed", *many, "--beta", 0.2, "--resume"))); assert code == 2 and "other settings: beta" in text
+    code, text = finish(start(flags(folder, "killed", *many, "--resume"))); assert code == 0, text
+    assert losses(folder / "killed") == pytest.approx(losses(folder / "whole"), abs=1e-7) and len(losses(folder / "whole")) == 72
+    one, other = weights(folder / "whole"), weights(folder / "killed")
+    for name in one: torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-7)
+    code, text = finish(start(flags(folder, "killed", *many, "--resume"))); assert code == 0, text  # finished: nothing to do

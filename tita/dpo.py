@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'implicit_reward', 'margin', 'sigmoid_loss', 'hinge_loss', 'ipo_loss', 'dpo_loss', 'fill_batches',
-           'ImageSampler', 'TreeCollator', 'TreeOptions', 'PrefixSharedDPOConfig', 'as_rows', 'fit_rows', 'tokenised',
-           'set_rate', 'TreeForward', 'PrefixSharedDPOTrainer', 'PrefixSharedSFTConfig', 'PrefixSharedSFTTrainer']
+           'ImageSampler', 'TellEpoch', 'TreeCollator', 'TreeOptions', 'PrefixSharedDPOConfig', 'as_rows', 'fit_rows',
+           'tokenised', 'kept', 'set_rate', 'TreeForward', 'PrefixSharedDPOTrainer', 'PrefixSharedSFTConfig',
+           'PrefixSharedSFTTrainer']
 
-# %% ../nbs/20_dpo.ipynb #e5332f0d
+# %% ../nbs/20_dpo.ipynb #b44c4a41
 from dataclasses import dataclass, field
+from pathlib import Path
 import warnings, torch, torch.nn.functional as F
 from torch import Tensor
-from datasets import Dataset, Image as ImageFeature, Sequence
+from datasets import Dataset, Image as ImageFeature, Sequence, load_from_disk
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from .core import TitaError
+from .core import TitaError, stable_hash
 from .images import ImageStore, TowerCache, freeze_vision, projector
 from .trees import answer_index, encode_rows, fit_mask, gathered, grow_trees, mrope, pad_trees
 
@@ -101,6 +104,12 @@ class ImageSampler(torch.utils.data.Sampler):
             step = max(1, 50 * self.batch_size * len(self.groups) // self.n)
             order = [i for k in range(0, len(order), step) for i in sorted(order[k:k+step], key=lambda i: -self.lengths[i])]
         yield from fill_batches([self.groups[i] for i in order], self.batch_size)
+
+# %% ../nbs/20_dpo.ipynb #2d64f3af
+class TellEpoch(TrainerCallback):
+    "Sets the sampler's epoch from the trainer's state."
+    def __init__(self, sampler): self.sampler = sampler
+    def on_epoch_begin(self, args, state, control, **kwargs): self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
 
 # %% ../nbs/20_dpo.ipynb #4c8a814b
 @dataclass
@@ -215,6 +224,18 @@ def tokenised(
     if sort: rows.sort(key=lambda r: r["image_ids"][:1])
     return Dataset.from_list(rows)
 
+# %% ../nbs/20_dpo.ipynb #6b80388c
+def kept(
+    data: Dataset, # of `tokenised`
+    folder, # where it goes
+    args, # a training configuration, which knows the processes
+) -> Dataset: # the same rows, read from the folder
+    "Keep rows on disk, written by the first process."
+    data._fingerprint = stable_hash(data.to_list())
+    if args.process_index == 0: data.save_to_disk(folder)
+    args.distributed_state.wait_for_everyone()
+    return load_from_disk(str(folder))
+
 # %% ../nbs/20_dpo.ipynb #dca896af
 def set_rate(
     optimizer: torch.optim.Optimizer, # that has not stepped yet
@@ -228,7 +249,7 @@ def set_rate(
         group["params"] = [p for p in group["params"] if id(p) not in chosen]
         if moved: optimizer.add_param_group({k: v for k, v in group.items() if k != "params"} | dict(params=moved, lr=lr))
 
-# %% ../nbs/20_dpo.ipynb #004c28d5
+# %% ../nbs/20_dpo.ipynb #9c75cacc
 class TreeForward:
     "For a trainer of TRL or transformers: forward trees where it would forward rows."
     def _plant(self, model, processor, args, image_root=None, answers=("chosen", "rejected"), store=None):
@@ -251,6 +272,14 @@ class TreeForward:
         kept = []
         return forward, kept
 
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        "transformers saves a LLaVA under other names than it has in memory, and its own loading here would skip them all with a warning."
+        model = model or self.model
+        if hasattr(model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled: return super()._load_from_checkpoint(checkpoint, model)
+        model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
+
+    def _load_best_model(self): self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
         if self.args.projector_lr is not None: set_rate(optimizer, projector(self.model).parameters(), self.args.projector_lr)
@@ -260,13 +289,15 @@ class TreeForward:
         data = self.train_dataset if train_dataset is None else train_dataset
         if self.args.share != "image" or self.args.train_sampling_strategy == "sequential": return super()._get_train_sampler(data)
         lengths = list(data["length"]) if self.args.train_sampling_strategy == "group_by_length" else None
-        return ImageSampler(list(data["image_ids"]), self.args.train_batch_size, self.args.seed, lengths)
+        sampler = ImageSampler(list(data["image_ids"]), self.args.train_batch_size, self.args.seed, lengths)
+        self.add_callback(TellEpoch(sampler))
+        return sampler
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, "image_ids", *(f"{a}_ids" for a in ("prompt", *self._answers))})
 
-# %% ../nbs/20_dpo.ipynb #88403c93
+# %% ../nbs/20_dpo.ipynb #e5270244
 class PrefixSharedDPOTrainer(TreeForward, DPOTrainer):
     "TRL's `DPOTrainer` for vision-language models, each image's prefix computed once."
     _answers = "chosen", "rejected"
@@ -278,10 +309,13 @@ class PrefixSharedDPOTrainer(TreeForward, DPOTrainer):
         if train_dataset is None: raise TitaError("train_dataset is missing; give preference rows")
         args.precompute_ref_log_probs = True
         kwargs.setdefault("data_collator", self._plant(model, processing_class, args, image_root))
-        train, evals = (None if d is None else self._prepare_dataset(d, processing_class, args) for d in (train_dataset, eval_dataset))
+        train, evals = (None if d is None else self._prepare_dataset(d, processing_class, args, name) for d, name in ((train_dataset, "train"), (eval_dataset, "eval")))
         super().__init__(model=model, ref_model=ref_model, args=args, train_dataset=train, eval_dataset=evals, processing_class=processing_class, **kwargs)
 
-    def _prepare_dataset(self, dataset, processing_class, args, *_): return tokenised(dataset, self.store, args.max_length, args.too_long, self._answers, args.share == "image")
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name="train"):
+        if isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names: return dataset
+        return kept(tokenised(dataset, self.store, args.max_length, args.too_long, self._answers, args.share == "image"), Path(args.output_dir)/"reference"/dataset_name, args)
+
     def compute_ref_log_probs(self, model, inputs): return super().compute_ref_log_probs(self._like_model(model)[0], inputs)
 
     def _compute_loss(self, model, inputs, return_outputs):
