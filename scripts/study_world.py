@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""The demo on three independently trained sets of models, 1,500 test scenes each: what the README reports.
+
+    python scripts/study_world.py                  runs nbs/runs/demo.ipynb for seeds 0, 1, 2 in runs/study/, writes results/
+    python scripts/study_world.py --scenes 300     a quick look (do not commit its figures)
+
+A seed that is there is not run again: killed and started again, it goes on.
+"""
+import argparse, json, os, subprocess, sys
+from pathlib import Path
+from tita.core import TitaError, cli, write_json, write_text
+from tita.metrics import METRICS
+from tita.report import SYSTEMS, results_table
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN = [m for m in METRICS if m not in ("sign_accuracy", "number_accuracy")]
+
+def run_seed(seed: int, scenes: int, runs: Path) -> dict:
+    "One seed's metrics.json."
+    out = runs/f"seed{seed}"
+    command = [sys.executable, str(ROOT/"scripts"/"run_notebook.py"), str(ROOT/"nbs"/"runs"/"demo.ipynb"), str(out/"demo.ipynb"), "-p", "out", str(out), "-p", "seed", str(seed), "-p", "test_scenes", str(scenes)]
+    if not (out/"report.html").exists() and subprocess.run(command, cwd=ROOT).returncode: raise TitaError(f"seed {seed} failed, see {out}; run the same command again to go on")
+    return json.loads((out/"metrics.json").read_text())
+
+def tables(found: dict) -> str:
+    "Markdown: a table a seed, and the verdicts of the default form over seeds."
+    titles = {k: v[0] for k, v in SYSTEMS.items()}; parts = []
+    for seed, m in found.items():
+        parts += [f"## Seed {seed}", f"λ = {m['lam']:g}, chosen on {m['scenes']['valid']} validation scenes; {m['pairs']['pairs']} pairs from {m['scenes']['probe']} unlabelled scenes; {m['scenes']['test']} test scenes.", results_table(m, SHOWN, titles=titles)]
+    run = next(iter(found.values()))["run"]
+    made = f"Made by `python scripts/study_world.py` on {run['cpus']} CPU cores ({run['system']}), commit {(run['commit'] or 'unknown')[:12]}. Percent; in brackets the paired 95% bootstrap interval of the difference from the large model (for the stronger ones from the stronger model)."
+    return "\n\n".join(["# The main job on three sets of models", made, *parts]) + "\n"
+
+@cli
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2]); p.add_argument("--scenes", type=int, default=1500)
+    p.add_argument("--runs", type=Path, default=ROOT/"runs"/"study"); p.add_argument("--out", type=Path, default=ROOT/"results")
+    args = p.parse_args(); found = {seed: run_seed(seed, args.scenes, args.runs) for seed in args.seed}
+    write_json(args.out/"study_world.json", {f"seed{s}": {k: v for k, v in m.items() if k != "settings"} for s, m in found.items()})
+    print(write_text(args.out/"study_world.md", tables(found)))
+
+if __name__ == "__main__": main()
