@@ -137,6 +137,15 @@ pip_failed() { # what could not be installed
         "Then run the same command again. Nothing half-made is trusted: it starts from what pip finds in .venv."
 }
 
+# pip writes RECORD last. Where it is missing the package was not finished, but pip would take it for installed.
+drop_half_installed() {
+    local d
+    for d in "$venv"/lib/python*/site-packages/*.dist-info; do
+        if [ ! -s "$d/RECORD" ]; then rm -rf "$d"; fi
+    done
+    rm -rf "$venv"/lib/python*/site-packages/~*
+}
+
 make_venv() {
     if [ -e "$venv" ]; then
         [ -f "$venv/pyvenv.cfg" ] || [ -z "$(ls -A "$venv")" ] ||
@@ -144,7 +153,7 @@ make_venv() {
         rm -f "$stamp"
         # Kept if its Python runs and fits and its scripts call that very Python (an environment does not survive a move).
         if in_range "$(python_version "$venv/bin/python")" && is_wanted_python && grep -qF "$venv/bin/" "$venv/bin/pip" 2>/dev/null &&
-           "$venv/bin/python" -m pip --version >/dev/null 2>&1; then return; fi
+           "$venv/bin/python" -m pip --version >/dev/null 2>&1; then drop_half_installed; return; fi
         if [ "$py" = "$venv/bin/python" ]; then py=$("$py" -c 'import sys; print(sys._base_executable)'); fi
         say "rebuilding .venv: it was made elsewhere, for another Python, or not to its end"
         rm -rf "$venv"

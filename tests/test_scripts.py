@@ -76,6 +76,14 @@ def test_failed_install_leaves_no_stamp(repo):
     refused(setup(repo, PYTHON=sys.executable), repo, "could not be installed", "same command again")
     assert (repo/".venv/pyvenv.cfg").exists()  # the next run goes on from it
 
+    site = next((repo/".venv/lib").glob("python*"))/"site-packages"
+    for name in ("whole", "half"):
+        (site/f"{name}-1.0.dist-info").mkdir()
+        (site/f"{name}-1.0.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (site/"whole-1.0.dist-info/RECORD").write_text("whole.py,,\n")
+    refused(setup(repo), repo, "could not be installed")
+    assert (site/"whole-1.0.dist-info").exists() and not (site/"half-1.0.dist-info").exists()  # pip would have trusted both
+
 def stamped(repo):
     "An environment without packages and the stamp that a finished set-up would have left."
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", repo/".venv"], check=True)
