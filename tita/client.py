@@ -117,13 +117,14 @@ def retry_after(
             except (TypeError, ValueError): continue
         if math.isfinite(seconds): return max(seconds, 0.)
 
-# %% ../nbs/44_client.ipynb #8501c939
+# %% ../nbs/44_client.ipynb #96b5d13e
 def _status(e) -> Trouble:
     "A response with an error status."
     kind = "server_error" if e.status_code >= 500 else STATUS.get(e.status_code, f"http_{e.status_code}")
     if e.code == "insufficient_quota": kind = "quota"
-    told = {"true": True, "false": False}.get(e.response.headers.get("x-should-retry"))
-    return Trouble(kind, f"{e.status_code}: {e.body.get('message') if isinstance(e.body, dict) and e.body.get('message') else e.message}", retry_after(e.response.headers), None if kind == "quota" else told)
+    told = {"true": True, "false": False}.get(e.response.headers.get("x-should-retry")) if kind != "quota" else None
+    said = e.body.get("message") if isinstance(e.body, dict) else None
+    return Trouble(kind, f"{e.status_code}: {said or e.message}", retry_after(e.response.headers), told)
 
 def name_trouble(
     e: BaseException, # raised by an attempt
@@ -136,7 +137,8 @@ def name_trouble(
     if isinstance(e, openai.APIConnectionError): return Trouble("connection", f"{e.__cause__ or e}")
     if isinstance(e, (json.JSONDecodeError, UnicodeDecodeError, openai.APIResponseValidationError)): return Trouble("invalid_json", str(e))
     if isinstance(e, openai.APIError): return Trouble("stream_error", e.message)
-    if type(e).__module__.split(".")[0].rstrip("2") in ("httpx", "httpcore", "h11", "anyio") or isinstance(e, ConnectionError): return Trouble("connection", f"{e}")
+    below = type(e).__module__.split(".")[0].rstrip("2") in ("httpx", "httpcore", "h11", "anyio")
+    if below or isinstance(e, ConnectionError): return Trouble("connection", f"{e}")
 
 # %% ../nbs/44_client.ipynb #3f95bdd5
 @dataclass

@@ -18,19 +18,21 @@ from .client import Client, Settings, encode_image, estimate_tokens, make_body, 
 from .core import JsonlWriter, TitaError, image_path, iter_jsonl, progress, read_jsonl, run_info, seed_for, stable_hash, write_json
 from .providers import Endpoint, Price, Secret, any_endpoint, redact
 
-# %% ../nbs/45_load.ipynb #ee329d1f
+# %% ../nbs/45_load.ipynb #8b9e5642
 def check_question(
     row: dict, # of the question file
     where: str, # file:line
     images: str | Path | None, # the image folder
 ):
     "Refuse a row that cannot be asked. Raises `TitaError`."
-    if not isinstance(row["question_id"], (str, int)) or row["question_id"] == "": raise TitaError(f"{where}: question_id {row['question_id']!r} is neither text nor a number; mend it")
-    if not isinstance(row["text"], str) or not row["text"].strip(): raise TitaError(f"{where}: the text of question {row['question_id']!r} is empty; write one or remove the line")
-    if not isinstance(row.get("image") or "", str): raise TitaError(f"{where}: image {row['image']!r} is not a path; mend it")
-    if row.get("image") and images is None: raise TitaError(f"{where}: question {row['question_id']!r} has an image and no image folder was given; add --images DIR")
-    answers = row.get("answer") if isinstance(row.get("answer"), list) else [row.get("answer")]
-    if not all(a is None or isinstance(a, (str, int, float)) for a in answers): raise TitaError(f"{where}: answer {row['answer']!r} is neither text nor a list of texts; mend it")
+    name, text, image, answer = row["question_id"], row["text"], row.get("image"), row.get("answer")
+    def bad(why): raise TitaError(f"{where}: {why}")
+    if not isinstance(name, (str, int)) or name == "": bad(f"question_id {name!r} is neither text nor a number; mend it")
+    if not isinstance(text, str) or not text.strip(): bad(f"the text of question {name!r} is empty; write one or remove the line")
+    if not isinstance(image or "", str): bad(f"image {image!r} is not a path; mend it")
+    if image and images is None: bad(f"question {name!r} has an image and no image folder was given; add --images DIR")
+    if not all(a is None or isinstance(a, (str, int, float)) for a in (answer if isinstance(answer, list) else [answer])):
+        bad(f"answer {answer!r} is neither text nor a list of texts; mend it")
 
 def read_questions(
     path: str | Path, # JSON Lines
@@ -41,13 +43,12 @@ def read_questions(
     if images is not None and not Path(images).is_dir(): raise TitaError(f"{images}: no such image folder; check --images")
     rows, seen = [], {}
     for n, row in iter_jsonl(path, ["question_id", "text"]):
-        check_question(row, f"{path}:{n}", images)
-        if (first := seen.setdefault(str(row["question_id"]), n)) != n: raise TitaError(f"{path}:{n}: question_id {row['question_id']!r} was used in line {first}; give each question its own")
-        rows.append(row)
+        check_question(row, f"{path}:{n}", images); rows.append(row); first = seen.setdefault(str(row["question_id"]), n)
+        if first != n: raise TitaError(f"{path}:{n}: question_id {row['question_id']!r} was used in line {first}; give each question its own")
     if not rows: raise TitaError(f"{path}: no questions in it; `tita-bench sample --out {path}` makes some")
     return rows[:most]
 
-# %% ../nbs/45_load.ipynb #118ad838
+# %% ../nbs/45_load.ipynb #88f27f05
 @lru_cache(maxsize=65536)
 def _file_hash(path, size, changed): return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
@@ -65,7 +66,8 @@ def result_key(
     images: str | Path | None = None, # the image folder
 ) -> str: # 16 hexadecimal digits
     "What a result depends on, as a hash."
-    return stable_hash(question["question_id"], question["text"], _image_hash(images, question.get("image")), endpoint.model, endpoint.base_url, settings.asked(), load)
+    asked = question["question_id"], question["text"], _image_hash(images, question.get("image"))
+    return stable_hash(*asked, endpoint.model, endpoint.base_url, settings.asked(), load)
 
 # %% ../nbs/45_load.ipynb #9b8a7577
 def count_tokens(
@@ -80,7 +82,7 @@ def count_tokens(
     tokens_in, tokens_out = given if counted else (estimate_tokens(prompt, image), estimate_tokens(text))
     return dict(input_tokens=tokens_in, output_tokens=tokens_out, total_tokens=tokens_in + tokens_out, tokens_estimated=not counted)
 
-# %% ../nbs/45_load.ipynb #3b805d33
+# %% ../nbs/45_load.ipynb #0ed01cb6
 @dataclass
 class Job:
     "One question for one endpoint under one load."
@@ -98,14 +100,18 @@ def make_row(
     queued: float = 0., # seconds that it waited for its turn
 ) -> dict:
     "The row of one result; the key of the endpoint is taken out of all its texts."
-    q, e, price = job.question, job.endpoint, job.endpoint.price; last = tries[-1] if tries else {}; clean = lambda s: redact(s, e.key)
-    tokens = count_tokens(reply.usage, q["text"], reply.text, size) if reply else dict(input_tokens=0, output_tokens=0, total_tokens=0, tokens_estimated=False)
-    row = dict(key=job.key, question_id=q["question_id"], model=e.name, model_id=e.model, provider=e.provider, prompt=q["text"], image=q.get("image") or "",
-        kind=q.get("kind", ""), answer=q.get("answer"), response=clean(reply.text) if reply else "", finish_reason=reply.end if reply else None, **tokens,
-        ttft=reply and reply.ttft and round(reply.ttft, 5), itl=reply.itl if reply else [], response_time=last.get("seconds", 0.),
-        total_time=round(sum(t["seconds"] + t["wait"] for t in tries), 5), queued=round(queued, 5), attempts=list(tries), success=reply is not None,
-        error=None if reply else clean(last.get("message") or "not asked"), error_kind=None if reply else last.get("error", "unknown"))
-    return {**row, "cost": price.cost(tokens["input_tokens"], tokens["output_tokens"]) if price and reply else None, "currency": price and price.currency, **job.load, "started": round(started, 3)}
+    q, e, last, clean = job.question, job.endpoint, tries[-1] if tries else {}, lambda s: redact(s, job.endpoint.key)
+    asked = dict(key=job.key, question_id=q["question_id"], model=e.name, model_id=e.model, provider=e.provider, prompt=q["text"], image=q.get("image") or "",
+        kind=q.get("kind", ""), answer=q.get("answer"))
+    times = dict(response_time=last.get("seconds", 0.), total_time=round(sum(t["seconds"] + t["wait"] for t in tries), 5), queued=round(queued, 5), attempts=list(tries))
+    if reply:
+        got = dict(response=clean(reply.text), finish_reason=reply.end, **count_tokens(reply.usage, q["text"], reply.text, size),
+            ttft=reply.ttft and round(reply.ttft, 5), itl=reply.itl, success=True, error=None, error_kind=None)
+    else:
+        got = dict(response="", finish_reason=None, input_tokens=0, output_tokens=0, total_tokens=0, tokens_estimated=False, ttft=None, itl=[],
+            success=False, error=clean(last.get("message") or "not asked"), error_kind=last.get("error", "unknown"))
+    cost = e.price.cost(got["input_tokens"], got["output_tokens"]) if e.price and reply else None
+    return {**asked, **got, **times, "cost": cost, "currency": e.price and e.price.currency, **job.load, "started": round(started, 3)}
 
 # %% ../nbs/45_load.ipynb #394f7481
 class Sink:
@@ -174,12 +180,13 @@ class Budget:
     def pay(self, cost: float | None):
         if cost is not None: self.spent, self.paid = self.spent + cost, self.paid + 1
 
-# %% ../nbs/45_load.ipynb #28551937
+# %% ../nbs/45_load.ipynb #c5ba3ac4
 def check_budget(endpoints, load: Load):
     "A limit on the cost needs prices, in one currency. Raises `TitaError`."
     if load.max_cost is None: return
-    if free := [e.name for e in endpoints if e.price is None]: raise TitaError(f"max_cost cannot be kept: no price is known for {', '.join(free)}; add it to a provider file (--providers), or drop --max-cost")
-    if len(currencies := sorted({e.price.currency for e in endpoints})) > 1: raise TitaError(f"max_cost cannot be kept in {' and '.join(currencies)} at once; run the models one by one")
+    free, currencies = [e.name for e in endpoints if e.price is None], sorted({e.price.currency for e in endpoints if e.price})
+    if free: raise TitaError(f"max_cost cannot be kept: no price is known for {', '.join(free)}; add it to a provider file (--providers), or drop --max-cost")
+    if len(currencies) > 1: raise TitaError(f"max_cost cannot be kept in {' and '.join(currencies)} at once; run the models one by one")
 
 def check_alive(endpoints):
     "Does anything listen, if the server is on this machine? Raises `TitaError`."
@@ -276,14 +283,15 @@ async def run(self: Batch):
     async with Client(self.endpoint, self.settings, self.limiter()) as client:
         await (self.clock if self.load.rate else self.users)(client)
 
-# %% ../nbs/45_load.ipynb #8863d16e
+# %% ../nbs/45_load.ipynb #bd153c0c
 class Board:
     "Counts rows as they come, shows them, and stops at a wrong key."
     def __init__(self, sink: Sink, budget: Budget, bar):
         self.sink, self.budget, self.bar, self.rows, self.errors, self.currency = sink, budget, bar, 0, {}, None
 
     def __call__(self, row: dict):
-        if row["error_kind"] == "authentication": raise TitaError(f"{row['model']} refuses the key: {row['error']}; check it and run again (nothing was written for this question)")
+        if row["error_kind"] == "authentication":
+            raise TitaError(f"{row['model']} refuses the key: {row['error']}; check it and run again (nothing was written for this question)")
         self.sink.put(row); self.rows += 1; self.budget.pay(row["cost"]); self.currency = row["currency"] or self.currency
         if not row["success"]: self.errors[row["error_kind"]] = self.errors.get(row["error_kind"], 0) + 1
         money = f", {self.currency} {self.budget.spent:.4f}" if self.budget.paid else ""
@@ -330,12 +338,12 @@ def run_load(
     return dict(asked=board.rows, before=len(questions) * len(endpoints) * len(loads) - total, failed=sum(board.errors.values()), errors=board.errors,
         spent=budget.spent, currency=board.currency, left=total - board.rows, seconds=time.monotonic() - start)
 
-# %% ../nbs/45_load.ipynb #f671a091
+# %% ../nbs/45_load.ipynb #93495faa
 def write_run(out: str | Path, endpoints, settings: Settings, loads, total: int):
     "Note beside the results what made them: FILE.run.json, one entry a run, without any key."
     import json
     path = Path(f"{out}.run.json"); old = []
     try: old = json.loads(path.read_text())["runs"]
     except (OSError, ValueError, KeyError, TypeError): pass
-    entry = dict(to_ask=total, endpoints=[e.public() for e in endpoints], settings=vars(settings), loads=[vars(l) for l in loads], made_by=run_info(("tita", "openai", "aiolimiter", "pillow")))
-    write_json(path, dict(runs=[*old, entry]))
+    entry = dict(to_ask=total, endpoints=[e.public() for e in endpoints], settings=vars(settings), loads=[vars(l) for l in loads])
+    write_json(path, dict(runs=[*old, dict(entry, made_by=run_info(("tita", "openai", "aiolimiter", "pillow")))]))

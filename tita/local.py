@@ -64,7 +64,7 @@ def ask_local(
     n, m = out.stats["prompt_tokens"], out.stats["new_tokens"]; end = {"eos": "stop"}.get(out.stats["finish"], out.stats["finish"])
     return Reply(out.text, times, end, dict(prompt_tokens=n, completion_tokens=m), time.perf_counter() - start)
 
-# %% ../nbs/47_local.ipynb #4859a63a
+# %% ../nbs/47_local.ipynb #6e1e3687
 def _reply_row(decoder, job: Job, images, settings: Settings) -> dict:
     "Ask one question; a user's mistake becomes a failed row."
     started, size = time.time(), None; start = time.perf_counter()
@@ -90,9 +90,10 @@ def run_local(
     if strict: check_images(questions, images)
     load, start = Load(1), time.monotonic()
     with JsonlWriter(out, key=lambda r: r.get("key")) as writer:
-        done, _ = spent_before(out, retry_failed); jobs = [Job(q, endpoint, load.label(), result_key(q, endpoint, settings, load.label(), images)) for q in questions]
-        todo = [j for j in jobs if j.key not in done]; write_run(out, [endpoint], settings, [load], len(todo))
+        jobs = [Job(q, endpoint, load.label(), result_key(q, endpoint, settings, load.label(), images)) for q in questions]
+        done, _ = spent_before(out, retry_failed); todo = [j for j in jobs if j.key not in done]; write_run(out, [endpoint], settings, [load], len(todo))
         with Sink(writer) as sink, progress(desc="asking", total=len(todo), unit="q") as bar:
             board = Board(sink, Budget(), bar)
             for job in todo: board(_reply_row(decoder, job, images, settings))
-    return dict(asked=len(todo), before=len(jobs) - len(todo), failed=sum(board.errors.values()), errors=board.errors, spent=0., currency=None, left=0, seconds=time.monotonic() - start)
+    return dict(asked=len(todo), before=len(jobs) - len(todo), failed=sum(board.errors.values()), errors=board.errors,
+        spent=0., currency=None, left=0, seconds=time.monotonic() - start)

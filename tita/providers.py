@@ -73,7 +73,7 @@ class Endpoint:
         "What may be written beside the results."
         return dict(name=self.name, model=self.model, base_url=self.base_url, provider=self.provider, price=vars(self.price) if self.price else None)
 
-# %% ../nbs/42_providers.ipynb #5dd7a98b
+# %% ../nbs/42_providers.ipynb #42b39f7f
 def check_url(
     url: str, # the address of an OpenAI-compatible server
     where: str = "--base-url", # who gave it, for the message
@@ -83,10 +83,11 @@ def check_url(
     except ValueError as e: raise TitaError(f"{where}: {e}; write it as http://HOST:PORT/v1") from None
     if parts.scheme not in ("http", "https") or not parts.hostname: raise TitaError(f"{where}: {url!r} is no address; write it as http://HOST:PORT/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise TitaError(f"{where}: the address of {parts.hostname} holds a user, a password or a query, which reports would show; put the key into an environment variable")
+        raise TitaError(f"{where}: the address of {parts.hostname} holds a user, a password or a query, which reports would show; "
+            "put the key into an environment variable")
     return str(url).rstrip("/")
 
-# %% ../nbs/42_providers.ipynb #c8459a37
+# %% ../nbs/42_providers.ipynb #31a7f627
 _PROVIDER = {"base_url": str, "key_env": str, "requests_per_minute": (int, float), "concurrency": int}
 _MODEL = {"provider": str, "id": str, "price": dict, "max_side": int, "note": str}
 _PRICE = {"input": (int, float), "output": (int, float), "currency": str, "date": str, "source": str}
@@ -96,7 +97,8 @@ def _check(table, known, place, needed=()):
     if not isinstance(table, dict): raise TitaError(f"{place} is no table; see the head of data/providers.toml")
     for k, v in table.items():
         if k not in known: raise TitaError(f"{place}: unknown key {k!r}; known are {', '.join(known)}")
-        if not isinstance(v, known[k]) or isinstance(v, bool): raise TitaError(f"{place}: {k} = {v!r} is of the wrong kind; see the head of data/providers.toml")
+        if not isinstance(v, known[k]) or isinstance(v, bool):
+            raise TitaError(f"{place}: {k} = {v!r} is of the wrong kind; see the head of data/providers.toml")
     if missing := [k for k in needed if k not in table]: raise TitaError(f"{place}: {' and '.join(missing)} missing; add it")
 
 # %% ../nbs/42_providers.ipynb #eb151509
@@ -144,13 +146,14 @@ def _find(name, known) -> dict:
     raise TitaError(f"no model {name!r}" + (f" (did you mean {close[0]!r}?)" if close else "") + f"; known are {', '.join(sorted(names)) or 'none'}, "
         f"or PROVIDER:ID with {', '.join(known['providers']) or 'no provider'}, or any server with --base-url URL --model ID")
 
-# %% ../nbs/42_providers.ipynb #8641b9ca
+# %% ../nbs/42_providers.ipynb #995e9bcb
 def _key(entry, name, api_key, key_env, env) -> Secret | None:
     "The key that was given, or the one in the variable that the file names."
     if api_key: return Secret(api_key, "--api-key")
     variable = key_env or entry.get("key_env")
     if not variable: return None
-    if not env.get(variable, "").strip(): raise TitaError(f"no key for {name}: the environment variable {variable} is not set; export {variable}=... and run again")
+    if not env.get(variable, "").strip():
+        raise TitaError(f"no key for {name}: the environment variable {variable} is not set; export {variable}=... and run again")
     return Secret(env[variable], f"${variable}")
 
 # %% ../nbs/42_providers.ipynb #715c44da

@@ -14,10 +14,10 @@ import numpy as np
 from .core import TitaError, iter_jsonl
 from .metrics import normalise, parse_yes_no
 
-# %% ../nbs/46_scores.ipynb #e06097ee
+# %% ../nbs/46_scores.ipynb #f4885706
 _OLD = dict(model_name="model", error_message="error")
-_EMPTY = dict(prompt="", response="", image="", kind="", answer=None, input_tokens=0, output_tokens=0, total_tokens=0, tokens_estimated=False, ttft=None, itl=(), response_time=0.,
-    queued=0., attempts=(), error=None, error_kind=None, cost=None, currency=None, concurrency=None, rate=None, started=None)
+_EMPTY = dict(prompt="", response="", image="", kind="", answer=None, input_tokens=0, output_tokens=0, total_tokens=0, tokens_estimated=False, ttft=None, itl=(),
+    response_time=0., queued=0., attempts=(), error=None, error_kind=None, cost=None, currency=None, concurrency=None, rate=None, started=None)
 
 def tidy(
     row: dict, # of a result file, ours or the original's
@@ -30,7 +30,7 @@ def tidy(
     for k in ("response_time", "input_tokens", "output_tokens", "total_tokens"): row[k] = row[k] or 0
     return {**row, "total_time": row.get("total_time", row["response_time"]), "response": row["response"] or "", "question_id": str(row["question_id"])}
 
-# %% ../nbs/46_scores.ipynb #cdbdedde
+# %% ../nbs/46_scores.ipynb #9c1d910d
 def read_results(
     folder: str | Path, # looked through with everything below it
     answers: dict | None = None, # question_id -> answer, for rows that bring none
@@ -39,18 +39,18 @@ def read_results(
     folder, found, odd = Path(folder), {}, []
     if not folder.is_dir(): raise TitaError(f"{folder}: no such folder; check --dir")
     for path in sorted(folder.rglob("*.jsonl")):
-        bad, rows = [], {}
+        bad, rows, name = [], {}, path.relative_to(folder)
         for n, raw in iter_jsonl(path, bad=lambda n, *_: bad.append(n)):
             if row := tidy(raw): rows[row.get("key") or (row["model"], row["question_id"])] = row
-        if rows and bad: odd.append(f"{path.relative_to(folder)}: {len(bad)} unreadable line{'s' * (len(bad) > 1)} left out (first: {bad[0]})")
+        if rows and bad: odd.append(f"{name}: {len(bad)} unreadable line{'s' * (len(bad) > 1)} left out (first: {bad[0]})")
         for row in rows.values():
             if row["answer"] is None and answers: row["answer"] = answers.get(row["question_id"])
-            place = found.setdefault((row["model"], path.relative_to(folder).with_suffix("").as_posix()), {}); asked = row["question_id"], row["concurrency"], row["rate"]
-            if asked in place and (note := f"{path.relative_to(folder)}: results of {row['model']} with different settings; the newest of each question counts") not in odd: odd.append(note)
+            place = found.setdefault((row["model"], name.with_suffix("").as_posix()), {}); asked = row["question_id"], row["concurrency"], row["rate"]
+            if asked in place: odd.append(f"{name}: results of {row['model']} with different settings; the newest of each question counts")
             place[asked] = row
     if not found: raise TitaError(f"{folder}: no results in it; `tita-bench run --out {folder}/NAME.jsonl` makes some")
     files = Counter(model for model, _ in found)
-    return {model if files[model] == 1 else f"{model} ({file})": list(rows.values()) for (model, file), rows in found.items()}, odd
+    return {model if files[model] == 1 else f"{model} ({file})": list(rows.values()) for (model, file), rows in found.items()}, [*dict.fromkeys(odd)]
 
 # %% ../nbs/46_scores.ipynb #0f785a2e
 def _squash(text: str) -> str:
@@ -85,7 +85,7 @@ def wilson(
     ci = binomtest(int(right), int(n)).proportion_ci(method="wilson")
     return float(ci.low), float(ci.high)
 
-# %% ../nbs/46_scores.ipynb #fa8397be
+# %% ../nbs/46_scores.ipynb #600bb956
 def bootstrap_mean(
     values, # (n,) one number per question
     n: int = 4000, # resamples
@@ -95,8 +95,8 @@ def bootstrap_mean(
     from scipy.stats import bootstrap
     values = np.asarray(values, float)
     if len(values) < 2 or np.ptp(values) == 0: return (float(values.mean()),) * 2 if len(values) else (math.nan, math.nan)
-    ci = bootstrap((values,), np.mean, n_resamples=n, batch=max(1, 2**22 // len(values)), method="percentile", rng=np.random.default_rng(seed)).confidence_interval
-    return float(ci.low), float(ci.high)
+    drawn = bootstrap((values,), np.mean, n_resamples=n, batch=max(1, 2**22 // len(values)), method="percentile", rng=np.random.default_rng(seed))
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 # %% ../nbs/46_scores.ipynb #696f40bc
 def compare_right(
@@ -150,7 +150,7 @@ def busy_seconds(
     for start, end in sorted(spans): total += max(0., end - max(start, until)); until = max(until, end)
     return total
 
-# %% ../nbs/46_scores.ipynb #fd822e8e
+# %% ../nbs/46_scores.ipynb #3231eb0c
 def _accuracy(rows, match):
     "Right answers among those given, with their interval, in percent."
     marks = [m for r in rows if r["success"] and (m := score(r["response"], r["answer"], match)) is not None]; low, high = wilson(sum(marks), len(marks))
@@ -162,11 +162,13 @@ def _speed(rows):
     "Times and throughput of the answers."
     ok = [r for r in rows if r["success"]]; timed = [r for r in rows if r["started"] is not None]
     busy = busy_seconds((r["started"], r["started"] + r["queued"] + r["total_time"]) for r in timed)
-    return dict(latency=percentiles(r["response_time"] for r in ok), latency_with_retries=percentiles(r["total_time"] + r["queued"] for r in ok), ttft=percentiles(r["ttft"] for r in ok),
-        itl=percentiles(t for r in ok for t in r["itl"]), tpot=percentiles(_tpot(r) for r in ok), busy_seconds=busy or None,
-        requests_per_second=len([r for r in timed if r["success"]]) / busy if busy else None, tokens_per_second=sum(r["output_tokens"] for r in timed) / busy if busy else None)
+    times = dict(latency=(r["response_time"] for r in ok), latency_with_retries=(r["total_time"] + r["queued"] for r in ok), ttft=(r["ttft"] for r in ok),
+        itl=(t for r in ok for t in r["itl"]), tpot=(_tpot(r) for r in ok))
+    rate = lambda amount: amount / busy if busy else None
+    return {**{k: percentiles(v) for k, v in times.items()}, "busy_seconds": busy or None, "requests_per_second": rate(sum(r["success"] for r in timed)),
+        "tokens_per_second": rate(sum(r["output_tokens"] for r in timed))}
 
-# %% ../nbs/46_scores.ipynb #6c742010
+# %% ../nbs/46_scores.ipynb #e97c0e7c
 def _money(rows, marks):
     "Costs, where a price was known."
     paid = [r for r in rows if r["cost"] is not None]; spent = sum(r["cost"] for r in paid)
@@ -182,13 +184,14 @@ def summarise(
     kinds = {k: a for k in sorted({r["kind"] for r in rows if r["kind"]}) if (a := _accuracy([r for r in rows if r["kind"] == k], match))}
     low, high = wilson(len(ok), len(rows))
     tokens = dict(input=sum(r["input_tokens"] for r in ok), output=sum(r["output_tokens"] for r in ok), estimated=any(r["tokens_estimated"] for r in ok))
-    return dict(questions=len(rows), succeeded=len(ok), success=dict(value=100 * len(ok) / len(rows), low=100 * low, high=100 * high), accuracy=accuracy, accuracy_by_kind=kinds,
-        **_speed(rows), tokens=tokens, tokens_per_answer=dict(input=tokens["input"] / len(ok), output=tokens["output"] / len(ok)) if ok else None,
-        cost=_money(ok, accuracy["value"] / 100 * accuracy["n"] if accuracy else 0), errors=dict(Counter(r["error_kind"] for r in rows if not r["success"]).most_common()),
-        attempts=len(tries) or len(rows), attempt_errors=dict(Counter(t["error"] for t in tries if t["error"]).most_common()),
-        retried=sum(len(r["attempts"]) > 1 for r in rows), cut_short=sum(r.get("finish_reason") == "length" for r in ok))
+    errors, failed = (dict(Counter(names).most_common()) for names in ((r["error_kind"] for r in rows if not r["success"]), (t["error"] for t in tries if t["error"])))
+    return dict(questions=len(rows), succeeded=len(ok), success=dict(value=100 * len(ok) / len(rows), low=100 * low, high=100 * high),
+        accuracy=accuracy, accuracy_by_kind=kinds, **_speed(rows), tokens=tokens,
+        tokens_per_answer=dict(input=tokens["input"] / len(ok), output=tokens["output"] / len(ok)) if ok else None,
+        cost=_money(ok, accuracy["value"] / 100 * accuracy["n"] if accuracy else 0), errors=errors, attempts=len(tries) or len(rows),
+        attempt_errors=failed, retried=sum(len(r["attempts"]) > 1 for r in rows), cut_short=sum(r.get("finish_reason") == "length" for r in ok))
 
-# %% ../nbs/46_scores.ipynb #8de990c8
+# %% ../nbs/46_scores.ipynb #0631d571
 def by_load(rows: list) -> dict:
     "Rows by load, the lightest first: (concurrency, rate) -> rows."
     loads = defaultdict(list)
@@ -203,7 +206,7 @@ def _pair(first: list, second: list, match: str) -> dict:
     "Two systems on the questions that both answered."
     a, b = ({r["question_id"]: r for r in rows if r["success"]} for rows in (first, second)); both = sorted(a.keys() & b.keys())
     marks = [(score(a[q]["response"], a[q]["answer"], match), score(b[q]["response"], b[q]["answer"], match)) for q in both]
-    marks = [m for m in marks if None not in m]; times = [(a[q]["response_time"], b[q]["response_time"]) for q in both if min(a[q]["response_time"], b[q]["response_time"]) > 0]
+    marks = [m for m in marks if None not in m]; times = [t for q in both if min(t := (a[q]["response_time"], b[q]["response_time"])) > 0]
     return dict(accuracy=compare_right(*zip(*marks)) if marks else None, latency=compare_times(*zip(*times)) if times else None)
 
 # %% ../nbs/46_scores.ipynb #747791ba

@@ -57,7 +57,7 @@ def read_prompt(
     if isinstance(content, str): return content, []
     return " ".join(p["text"] for p in content if p["type"] == "text"), [p["image_url"]["url"] for p in content if p["type"] == "image_url"]
 
-# %% ../nbs/43_standin.ipynb #ce63bf25
+# %% ../nbs/43_standin.ipynb #1aac66e1
 @dataclass
 class StandIn:
     "A local stand-in for an endpoint; use it as `with StandIn(...) as server: server.url`."
@@ -72,7 +72,8 @@ class StandIn:
     port: int = 0 # 0: one that is free
 
     def __post_init__(self):
-        if odd := [f for faults in (self.faults, *(p.faults or {} for p in self.models.values())) for f in faults if f not in FAULTS]: raise TitaError(f"no fault {odd[0]!r}; choose from {', '.join(FAULTS)}")
+        named = [*self.faults, *(f for p in self.models.values() for f in p.faults or ())]
+        if odd := [f for f in named if f not in FAULTS]: raise TitaError(f"no fault {odd[0]!r}; choose from {', '.join(FAULTS)}")
         self.log, self.times, self._open = [], Counter(), set()
 
     @property
@@ -91,7 +92,7 @@ def _about(images: list) -> str:
     "Which image a request brings."
     return "#" + hashlib.sha256(base64.b64decode(images[0].partition(",")[2])).hexdigest()[:16] if images else ""
 
-# %% ../nbs/43_standin.ipynb #e0b381a9
+# %% ../nbs/43_standin.ipynb #20bb2c60
 @patch
 def answer(self: StandIn, model: str, prompt: str, images: list = ()) -> str:
     "What the model says to a question; right in `accuracy` of the cases."
@@ -103,7 +104,9 @@ def answer(self: StandIn, model: str, prompt: str, images: list = ()) -> str:
     return who.prefix + (right if rng.random() < who.accuracy else rng.choice(wrong))
 
 @patch
-def _starts(self: StandIn, prompt: str): "Known questions that the prompt begins with: it may have a suffix."; return (q for q in self.answers if "#" not in q and prompt.startswith(q))
+def _starts(self: StandIn, prompt: str):
+    "Known questions that the prompt begins with: it may have a suffix."
+    return (q for q in self.answers if "#" not in q and prompt.startswith(q))
 
 # %% ../nbs/43_standin.ipynb #98df0f3b
 async def _read(reader):
@@ -129,7 +132,7 @@ def check(self: StandIn, path, headers, body):
     if body.get("model") not in self.models: return 404, f"The model {body.get('model')!r} does not exist"
     if odd := [k for k in self.refuse if k in body]: return 400, f"unknown field: {odd[0]}"
 
-# %% ../nbs/43_standin.ipynb #b5a91087
+# %% ../nbs/43_standin.ipynb #eb6a379e
 @patch
 async def respond(self: StandIn, body, fault, headers, write):
     "Answer one request, or disturb it; false closes the connection."
@@ -145,8 +148,9 @@ async def respond(self: StandIn, body, fault, headers, write):
     if fault == "truncate": text, end = text[:1], None
     else: end = "stop"
     if fault == "cut": write(b"HTTP/1.1 200 -\r\ncontent-length: 999\r\n\r\n{"); return False
-    write(_reply(200, b"{oops" if fault == "json" else dict(id="s", object="chat.completion", created=0, model=model, usage=_usage(prompt, text) if self.usage else None,
-        choices=[dict(index=0, finish_reason=end, message=dict(role="assistant", content=text))])))
+    choice = dict(index=0, finish_reason=end, message=dict(role="assistant", content=text))
+    usage = _usage(prompt, text) if self.usage else None
+    write(_reply(200, b"{oops" if fault == "json" else dict(id="s", object="chat.completion", created=0, model=model, usage=usage, choices=[choice])))
     return True
 
 # %% ../nbs/43_standin.ipynb #20255803
@@ -168,7 +172,7 @@ async def stream(self: StandIn, body, fault, text, usage, write):
     send(b"data: [DONE]\n\n"); write(b"0\r\n\r\n")
     return True
 
-# %% ../nbs/43_standin.ipynb #cef3492c
+# %% ../nbs/43_standin.ipynb #ae4b58ba
 @patch
 async def _one(self: StandIn, reader, write):
     "Read one request, note it, answer it; false closes the connection."
@@ -177,7 +181,8 @@ async def _one(self: StandIn, reader, write):
     if bad := self.check(path, headers, body): write(_reply(bad[0], {"error": dict(message=bad[1])})); return True
     prompt, images = read_prompt(body); asked = body["model"], prompt, self.times[body["model"], prompt]; self.times[asked[:2]] += 1
     own = self.models[asked[0]].faults; fault = draw_fault(self.faults if own is None else own, self.seed, *asked)
-    self.log.append(dict(model=asked[0], prompt=prompt, fault=fault, time=time.time(), images=images, stream=bool(body.get("stream")), body={k: v for k, v in body.items() if k != "messages"}))
+    more = {k: v for k, v in body.items() if k != "messages"}
+    self.log.append(dict(model=asked[0], prompt=prompt, fault=fault, time=time.time(), images=images, stream=bool(body.get("stream")), body=more))
     return await self.respond(body, fault, headers, write)
 
 @patch
