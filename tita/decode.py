@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TEXT_KEYS', 'ENGINES', 'RaggedLayer', 'RaggedCache', 'Stack', 'written_out', 'Expert', 'Prompt', 'Encoder',
-           'share_towers', 'look', 'Sampling', 'uniform', 'invert', 'propose', 'accept', 'Output', 'Row', 'Engine',
-           'AlignedDecoder']
+           'share_towers', 'look', 'Sampling', 'uniform', 'invert', 'propose', 'accept', 'TokenMap', 'Output', 'Row',
+           'Engine', 'AlignedDecoder']
 
-# %% ../nbs/31_decode.ipynb #8f554d95
-import contextlib, copy, hashlib, inspect, math, os, time
+# %% ../nbs/31_decode.ipynb #6546d9c2
+import contextlib, copy, hashlib, inspect, math, os, time, warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, Tem
 from transformers.cache_utils import Cache, CacheLayerMixin
 from .augment import diffusion_noise
 from .core import TitaError, open_image, progress, seed_for
-from .guidance import FORMS, Guidance, token_rewards
+from .guidance import FORMS, Guidance, carry_over, token_rewards
 from .models import chat_prompt, check_pair, load_processor, load_vlm, same_tower, vision_tower, vocab_size
 
 # %% ../nbs/31_decode.ipynb #fc6134fc
@@ -170,7 +170,7 @@ def written_out(
     except (AttributeError, TypeError, RuntimeError, IndexError, KeyError): return
     return stack if (mine - own).abs().max() <= (1e-4 if stack.embedding.dtype == torch.float32 else 5e-2) * own.abs().max() else None
 
-# %% ../nbs/31_decode.ipynb #2e2517ad
+# %% ../nbs/31_decode.ipynb #87261ce8
 class Expert:
     "A model with the keys and values of its rows. Raises `TitaError` for a model that cannot be cached this way."
     def __init__(self,
@@ -178,8 +178,9 @@ class Expert:
         encoder: int = 0, # which of the decoder's encoders makes its prompts
         adapter: bool = True, # False switches the adapter off: the model before its training
         noise: int | None = None, # diffusion step of the noise on its images (contrast)
+        map=None, # a `TokenMap`, where its tokens are not the base's
     ):
-        self.model, self.encoder, self.adapter, self.noise = model, encoder, adapter, noise
+        self.model, self.encoder, self.adapter, self.noise, self.map = model, encoder, adapter, noise, map
         self.core = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.body, self.head, config = self.core.base_model, self.core.get_output_embeddings(), self.core.config
         text = config.get_text_config()
@@ -489,6 +490,33 @@ def accept(
     keep = (uniform(seeds, 4 * t + 1) * qx < px) | (rest.sum(-1) <= 0)
     return torch.where(keep, proposal, invert(rest, uniform(seeds, 4 * t + 2)))
 
+# %% ../nbs/31_decode.ipynb #0910c2db
+def _written(token: str) -> str: "A token's text, whichever way its tokenizer marks a space."; return token.replace("▁", " ").replace("Ġ", " ")
+
+class TokenMap:
+    "From the tokens of a base to those of a reward. Raises `TitaError` if too few are the same."
+    def __init__(self,
+        base, # tokenizer
+        other, # tokenizer of the reward
+        least: float = .5, # share of the base's tokens that must have a counterpart
+    ):
+        self.base, self.other, ours, theirs = base, other, base.get_vocab(), {_written(w): i for w, i in other.get_vocab().items()}
+        self.index = torch.full((max(ours.values()) + 1,), -1)
+        for w, i in ours.items(): self.index[i] = theirs.get(_written(w), -1)
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+            if getattr(base, name) is not None and getattr(other, name) is not None: self.index[getattr(base, name)] = getattr(other, name)
+        self.share, self.pieces = int((self.index >= 0).sum()) / len(ours), {}
+        if self.share < least: raise TitaError(f"only {self.share:.0%} of the base's tokens are tokens of the reward too (at least {least:.0%} are needed): their tokenizers have too little in common; take two models of one family")
+
+    def piece(self, token: int) -> list[int]:
+        "The reward's tokens for one of the base's."
+        if token >= len(self.index): return [self.other.pad_token_id or 0]
+        if self.index[token] >= 0: return [int(self.index[token])]
+        if token not in self.pieces: self.pieces[token] = self.other(self.base.decode([token]), add_special_tokens=False)["input_ids"] or [self.other.unk_token_id or self.other.pad_token_id or 0]
+        return self.pieces[token]
+
+    def block(self, tokens: list[int]) -> tuple[Tensor, Tensor]: "(m, q) ids and (m) how many."; return _pad([self.piece(t) for t in tokens], 0)
+
 # %% ../nbs/31_decode.ipynb #49d34b65
 @dataclass
 class Output:
@@ -530,7 +558,7 @@ class Row:
     @cached_property
     def key(self) -> tuple: "The same for rows about the same images."; return tuple(str(i) if isinstance(i, (str, Path)) else id(i) for i in self.images)
 
-# %% ../nbs/31_decode.ipynb #2630d620
+# %% ../nbs/31_decode.ipynb #802363c5
 class Engine:
     "Rows in slots: admits, advances and finishes them. One step is one token for every running row."
     watch = False # note where the drafter was right
@@ -547,7 +575,7 @@ class Engine:
     ):
         self.experts, self.encoders = [copy.copy(e) for e in experts], [e.fresh() for e in encoders]  # two engines may run at once
         self.guidance, self.slots, self.n_rewards, self.noise_seed, self.processors = guidance, slots, rewards, noise_seed, list(processors)
-        self.leader, self.vocab, self.patience = leader or share_towers(experts), min(e.vocab for e in experts), max(1, int(slots * refill))
+        self.leader, self.vocab, self.patience = leader or share_towers(experts), min(e.vocab for e in experts if e.map is None), max(1, int(slots * refill))
         self.queue, self.ready, self.rows, self.n, self.opened = deque(), deque(), [], 0, {}
         self.steps = self.produced = 0
         self.last, self.count, self.limit, self.seed, self.group = (torch.zeros(slots, dtype=torch.long) for _ in range(5))
@@ -635,7 +663,7 @@ def _close(self: Engine, row: Row):
     for enc in self.encoders: enc.forget(row.key)
     for e in self.experts: e.known.pop(row.key, None)
 
-# %% ../nbs/31_decode.ipynb #27860832
+# %% ../nbs/31_decode.ipynb #a1dd88da
 @patch
 def _admit(self: Engine, m: int):
     "Put the next `m` prepared rows into slots and choose their first tokens."
@@ -650,6 +678,8 @@ def _admit(self: Engine, m: int):
     logits = [e.admit(a, [r.prompts[e.encoder] for r in rows], fresh, x, pixels[e.encoder].get("image_grid_thw"), share) for e, x in zip(self.experts, inputs)]
     self.rows[a:b] = rows; self.n = b
     self._choose(a, b, logits)
+    if any(e.map for e in self.experts) and (share := float(self.shared.mean())) < .5:
+        raise TitaError(f"the tokens that base and reward share carry {share:.0%} of the base's probability, too little for guidance; take two models of one family")
 
 @patch
 def _seat(self: Engine, rows: list[Row], a: int, b: int):
@@ -673,11 +703,21 @@ def _widen(self: Engine, width: int):
     for name in ("tokens", "base_tokens", "forced"): setattr(self, name, F.pad(getattr(self, name), (0, more), value=-1))
     self.rewards = F.pad(self.rewards, (0, more))
 
-# %% ../nbs/31_decode.ipynb #6f55da5f
+# %% ../nbs/31_decode.ipynb #d41487fd
+@patch
+def _common(self: Engine, logits: list[Tensor]) -> list[Tensor]: # each (..., V) on the base's device
+    "Logits over the tokens that all models have."
+    base = logits[0][..., :self.vocab]; out = [base]
+    for e, x in zip(self.experts[1:], logits[1:]):
+        x = x.to(base.device)
+        if e.map is None: out.append(x[..., :self.vocab]); continue
+        x, self.shared = carry_over(base.float().log_softmax(-1), x.float().log_softmax(-1), e.map.index[:self.vocab].to(base.device)); out.append(x)
+    return out
+
 @patch
 def _score(self: Engine, logits: list[Tensor]) -> tuple[Tensor, Tensor | None]: # scores and signal
-    "The equation, over the tokens that all models have."
-    base, *others = [x[..., :self.vocab].to(logits[0].device) for x in logits]
+    "The equation, on logits from `_common`."
+    base, *others = logits
     if not others: return base.float(), None
     return self.guidance(base, others[:self.n_rewards], others[self.n_rewards:])
 
@@ -724,19 +764,19 @@ def _pick(self: Engine,
         tokens[at] = new.view(-1, J).cpu()
     return tokens
 
-# %% ../nbs/31_decode.ipynb #723b356f
+# %% ../nbs/31_decode.ipynb #f7a36239
 @patch
 def _choose(self: Engine, a: int, b: int, logits: list[Tensor]):
     "Choose the next token of the rows a to b from (m, V) logits of each expert, and note it."
-    scores, d = self._score(logits)
-    tokens = self._pick(scores[:, None], logits[1][:, None, :self.vocab] if self.n_rewards else None, a, b)[:, 0]
+    logits = self._common(logits); scores, d = self._score(logits)
+    tokens = self._pick(scores[:, None], logits[1][:, None] if self.n_rewards else None, a, b)[:, 0]
     rows, at = torch.arange(a, b), self.count[a:b].clone()
     self.good = ~scores.isnan().any(-1).cpu()
     self._widen(int(at.max()) + 1)
     tokens = torch.where(self.forced[rows, at] >= 0, self.forced[rows, at], tokens)
     self.tokens[rows, at] = self.last[a:b] = tokens
     if d is None: self.base_tokens[rows, at], self.rewards[rows, at] = tokens, 0.
-    else: self.base_tokens[rows, at], self.rewards[rows, at] = logits[0][:, :self.vocab].argmax(-1).cpu(), token_rewards(d, tokens.to(d.device)).cpu()
+    else: self.base_tokens[rows, at], self.rewards[rows, at] = logits[0].argmax(-1).cpu(), token_rewards(d, tokens.to(d.device)).cpu()
     self.count[a:b] += 1; self.produced += b - a
     for i, row in enumerate(self.rows[a:b], a):
         if row.on_token: row.on_token(int(tokens[i - a]), float(self.rewards[i, at[i - a]]))
@@ -794,7 +834,7 @@ def _leave(self: Engine, done: list[int], broken: list[int]):
         for h, m in zip(holes, movers): self.rows[h] = self.rows[m]
     del self.rows[n:]; self.n = n
 
-# %% ../nbs/31_decode.ipynb #e531de7a
+# %% ../nbs/31_decode.ipynb #392428e2
 @patch
 def _refill(self: Engine, budget: int = 1 << 15) -> list[tuple[Row, Output]]: # rows that were over at once
     "Admit waiting rows, at most `budget` prompt tokens at a time."
@@ -819,16 +859,32 @@ def step(self: Engine) -> list[tuple[Row, Output]]: # the rows that ended
 
 @patch
 def _advance(self: Engine):
-    n, logits = self.n, []
+    "One token for every running row."
+    n, logits, one = self.n, [], (self.last[:self.n, None], torch.ones(self.n, dtype=torch.long))
     for e in self.experts:
-        logits.append(e.forward(e.cache, slice(0, n), self.last[:n, None], e.lens[:n], delta=e.delta[:n] if e.mrope else 0)[:, 0])
-        e.lens[:n] += 1
+        tokens, q = one if e.map is None else e.map.block(self.last[:n].tolist())
+        logits.append(e.forward(e.cache, slice(0, n), tokens, e.lens[:n], at=q - 1, delta=e.delta[:n] if e.mrope else 0)); e.lens[:n] += q
     self._choose(0, n, logits)
 
-# %% ../nbs/31_decode.ipynb #592872bd
+# %% ../nbs/31_decode.ipynb #683b8e5c
 def _load(model, dtype, device): return load_vlm(model, dtype=dtype, device=device) if isinstance(model, (str, Path)) else model
 def _list(x): return [] if x is None else list(x) if isinstance(x, (list, tuple)) else [x]
 def _has_adapter(model) -> bool: return hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
+
+def _own_processor(name, base):
+    "The processor beside a reward; the base's if there is none, or if it would do the same."
+    try: own = load_processor(name)
+    except TitaError: return base
+    told = lambda p: (str(getattr(p, "image_processor", None)), getattr(p, "chat_template", None), getattr(p, "tokenizer", p).get_vocab())
+    return base if not getattr(own, "chat_template", None) or told(own) == told(base) else own
+
+def _token_map(base, reward) -> TokenMap | None:
+    "None where ids mean the same words."
+    if reward is base: return None
+    try: check_pair(base, reward); return None
+    except TitaError: token_map = TokenMap(getattr(base, "tokenizer", base), getattr(reward, "tokenizer", reward))
+    warnings.warn(f"base and reward have different tokenizers; {token_map.share:.0%} of the base's tokens are mapped, about the others the reward has nothing to say", stacklevel=3)
+    return token_map
 
 class AlignedDecoder:
     "A frozen base, guided by reward models while it decodes. Raises `TitaError` for models or settings that do not fit together."
@@ -856,12 +912,12 @@ class AlignedDecoder:
         form = form or ("ratio" if self.references or any(map(_has_adapter, self.rewards)) else "interpolate")
         weights = tuple(weights) if weights is not None else (1 / max(1, len(self.rewards)),) * max(1, len(self.rewards))
         self.guidance = Guidance(form, lam, bound, gate, plausibility, weights)
-        self.reward_processor = reward_processor if reward_processor is not None else self.processor
-        if reward_processor is not None: check_pair(self.processor, reward_processor)
+        self.reward_processor = reward_processor if reward_processor is not None else self.processor if not isinstance(reward, (str, Path)) else _own_processor(reward, self.processor)
+        self.map = _token_map(self.processor, self.reward_processor)
         self.pace = {} # what `speculate` measures
         self._arrange()
 
-# %% ../nbs/31_decode.ipynb #a473d2c4
+# %% ../nbs/31_decode.ipynb #42008314
 @patch
 def _arrange(self: AlignedDecoder):
     "Make experts and encoders of the models, and see which towers are the same."
@@ -880,7 +936,7 @@ def _enlist(self: AlignedDecoder):
     if form.reference and not refs: refs = [r for r in self.rewards if _has_adapter(r)]
     if form.reference and len(refs) not in (1, len(self.rewards)):
         raise TitaError(f"form {g.form!r} needs a reference (ref=...): the reward before its preference training, one for all rewards or one for each; or take form='interpolate'")
-    for m, adapter in [(m, True) for m in self.rewards] + [(m, not any(m is r for r in self.rewards)) for m in refs]: self.experts.append(Expert(m, self._encoder(takes(m)), adapter))
+    for m, adapter in [(m, True) for m in self.rewards] + [(m, not any(m is r for r in self.rewards)) for m in refs]: self.experts.append(Expert(m, self._encoder(takes(m)), adapter, map=self.map))
     self.n_rewards = len(self.rewards)
 
 @patch
@@ -893,7 +949,7 @@ def _encoder(self: AlignedDecoder, image_token: int | None) -> int:
         if e.processor is self.reward_processor and e.image_token == image_token: return i
     self.encoders.append(Encoder(self.reward_processor, image_token, self.system)); return len(self.encoders) - 1
 
-# %% ../nbs/31_decode.ipynb #98827edf
+# %% ../nbs/31_decode.ipynb #8825187b
 @patch
 def _sampling(self: AlignedDecoder, stop=(), eos=None, **kwargs) -> Sampling:
     "Settings of a call, with the base's own end tokens where none are given."
@@ -919,8 +975,7 @@ ENGINES = {} # other engines enter themselves here
 
 def _engines():
     "The engine that drafts. It stands on this notebook, so it is looked up by name when it is asked for."
-    if "speculate" not in ENGINES: import_module("tita.speculate")
-    return ENGINES["speculate"]
+    return ENGINES.get("speculate") or import_module("tita.speculate").SpeculativeEngine
 
 def _default_slots(experts: list[Expert], tokens: int = 1024) -> int:
     "As many rows as fit with up to `tokens` each: 1 GiB of cache on a CPU, half of what is free on a GPU."

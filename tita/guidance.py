@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'GATES', 'Form', 'signal', 'guide', 'margin', 'settled', 'entropy', 'entropy_gate', 'margin_gate',
-           'parse_gate', 'plausible', 'token_rewards', 'Step', 'Guidance']
+           'parse_gate', 'plausible', 'token_rewards', 'carry_over', 'Step', 'Guidance']
 
 # %% ../nbs/30_guidance.ipynb #6633db30
 import math
@@ -124,6 +124,18 @@ def token_rewards(
 ) -> Tensor: # (...) nats
     "The signal at the chosen tokens."
     return d.gather(-1, tokens[..., None])[..., 0]
+
+# %% ../nbs/30_guidance.ipynb #0a2d1bd5
+def carry_over(
+    base: Tensor, # (..., V) log π_b
+    other: Tensor, # (..., W) log π_r over its own vocabulary
+    index: Tensor, # (V) for each of the base's tokens its id in the other vocabulary, -1 for none
+) -> tuple[Tensor, Tensor]: # (..., V) log π_r over the base's tokens, and (...) the base's probability of the shared ones
+    "Express a distribution in another model's tokens."
+    shared = index >= 0; theirs = other[..., index.clamp(min=0)]
+    mass = lambda x: x.masked_fill(~shared, -math.inf).logsumexp(-1, keepdim=True)
+    ours = mass(base)
+    return torch.where(shared, theirs - mass(theirs) + ours, base), ours.exp()[..., 0]
 
 # %% ../nbs/30_guidance.ipynb #ec4acaf2
 class Step(NamedTuple):

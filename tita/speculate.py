@@ -105,18 +105,18 @@ def _write_draft(self: SpeculativeEngine, k: int) -> tuple[Tensor, list[Tensor]]
 @patch
 def _delta(self: SpeculativeEngine, e: Expert): return e.delta[:self.n] if e.mrope else 0
 
-# %% ../nbs/32_speculate.ipynb #0bd2342b
+# %% ../nbs/32_speculate.ipynb #b60bdcbe
 @patch
 def _verify(self: SpeculativeEngine, block: Tensor, drafted: list[Tensor]):
     "The aligned tokens (n, J) of a block, with the signal and the base's logits (n, J, V) beside them; J = k, or k+1 if a row accepted all."
     n, k, e = self.n, len(drafted), self.drafter
     logits = [torch.stack(drafted, 1) if x is e else x.forward(x.cache, slice(0, n), block.to(x.device), x.lens[:n], delta=self._delta(x)) for x in self.experts]
-    scores, d = self._score([x[:, :k] for x in logits]); base = logits[0][..., :self.vocab]
-    targets = self._pick(scores, logits[1], 0, n, block[:, 1:]); hits = self.hits
+    common = self._common([x[:, :k] for x in logits]); scores, d = self._score(common); base = logits[0][..., :self.vocab]
+    targets = self._pick(scores, common[1], 0, n, block[:, 1:].to(scores.device)); hits = self.hits
     if (kept(targets, block[:, 1:].cpu()) > k).any():
         last = e.forward(e.cache, slice(0, n), block[:, -1:], e.lens[:n] + k, delta=self._delta(e))[..., :self.vocab]
-        more, d1 = self._score([last if x is e else y[:, k:] for x, y in zip(self.experts, logits)])
-        self.count[:n] += k; final = self._pick(more, last, 0, n); self.count[:n] -= k
+        common = self._common([last if x is e else y[:, k:] for x, y in zip(self.experts, logits)]); more, d1 = self._score(common)
+        self.count[:n] += k; final = self._pick(more, common[1], 0, n); self.count[:n] -= k
         scores, d, targets, hits = torch.cat([scores, more], 1), torch.cat([d, d1], 1), torch.cat([targets, final], 1), torch.cat([hits, self.hits], 1)
     return targets, scores, d, base[:, :scores.shape[1]], hits
 
@@ -198,7 +198,7 @@ def _note_late(self: SpeculativeEngine, rows: Tensor, at: Tensor, known: Tensor,
     g = self.guidance; d = signal(g.form, self.own[rows[i], at[i, j]][:, None], said[:k], said[k:], g.weights)
     self.rewards[rows[i], at[i, j]] = d[:, 0]
 
-# %% ../nbs/32_speculate.ipynb #0212e32f
+# %% ../nbs/32_speculate.ipynb #525e788f
 @patch
 def _lazy(self: SpeculativeEngine):
     "One token for each row; the others run for those where the base is unsure."
@@ -208,7 +208,7 @@ def _lazy(self: SpeculativeEngine):
     self.own[rows, at] = logits.float().log_softmax(-1).gather(-1, tokens[:, None].to(logits.device))[:, 0].cpu()
     self.base_tokens[rows, at], self.rewards[rows, at], self.good = tokens, 0., ~logits.isnan().any(-1).cpu()
     if hard.any():
-        h = hard.nonzero()[:, 0]; scores, d = self._score([logits[h], *self._catch_up(h)])
+        h = hard.nonzero()[:, 0]; scores, d = self._score(self._common([logits[h], *self._catch_up(h)]))
         tokens[h] = scores.argmax(-1).cpu(); self.good[h] &= ~scores.isnan().any(-1).cpu()
         self.rewards[h, at[h]] = token_rewards(d, tokens[h].to(d.device)).cpu()
     self.asked += int(hard.sum()); self.answered += n; self.unsure[:n] = .9 * self.unsure[:n] + .1 * hard
@@ -227,12 +227,12 @@ def _outputs(self: SpeculativeEngine, slots: list[int], why: list[str]):
     if len(late := self._behind(torch.tensor(slots))): self._catch_up(late, last=False)
     return super(SpeculativeEngine, self)._outputs(slots, why)
 
-# %% ../nbs/32_speculate.ipynb #f4f4e43e
+# %% ../nbs/32_speculate.ipynb #3db62e97
 @patch
 def _mode(self: SpeculativeEngine) -> int | str: # a draft length, or "lazy"
     "How to make the next step."
     n = self.n; groups = [self.groups[g] for g in self.group[:n].unique().tolist()]; most = int((self.limit[:n] - self.count[:n]).max()) - 1
-    if (self.forced[:n, 0] >= 0).any() or self.processors or any(s.repetition_penalty != 1 for s in groups): return 0  # a processor must see the text so far
+    if (self.forced[:n, 0] >= 0).any() or self.processors or any(e.map for e in self.experts) or any(s.repetition_penalty != 1 for s in groups): return 0  # a processor must see the text so far
     lazy = self.guidance.lazy and not any(s.temperature for s in groups)
     if self.draft == "lazy": return "lazy" if lazy else 0
     if self.draft != "auto": return max(0, min(most, self.draft))
