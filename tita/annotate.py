@@ -89,7 +89,7 @@ def shown_answers(
     random.Random(seed_for("order", seed, task["question_id"])).shuffle(texts)
     return texts
 
-# %% ../nbs/14_annotate.ipynb #b9ac076f
+# %% ../nbs/14_annotate.ipynb #3f49c6ca
 @dataclass
 class JudgeEngine:
     "Scores answers with a model behind an API."
@@ -112,6 +112,7 @@ class JudgeEngine:
 
     def __call__(self, tasks: list):
         "Score all tasks: yields lists of annotation rows and of error rows."
+        self.endpoint.check()
         for task, row, err in concurrently(lambda client, t: score(self, client, t), tasks, self.once):
             if getattr(err, "fatal", False): raise err
             yield ([row], []) if err is None else ([], [error_row(task, str(err)) | getattr(err, "kept", {})])

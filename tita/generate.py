@@ -417,7 +417,7 @@ def run_engine(
                 bar.update(len(good) + len(bad))
     return count
 
-# %% ../nbs/12_generate.ipynb #51bf6af5
+# %% ../nbs/12_generate.ipynb #42a650d4
 @dataclass
 class Endpoint:
     "A model behind an OpenAI-compatible API."
@@ -427,6 +427,12 @@ class Endpoint:
     concurrency: int = 8 # requests under way at a time
     timeout: float = 120. # seconds for one request
     retries: int = 5 # of one request
+
+    def check(self):
+        "Raise `TitaError` if nothing answers there at all: that would fail every row, slowly."
+        import httpx
+        try: httpx.get(self.base_url.rstrip("/") + "/models", timeout=10)
+        except (httpx.TransportError, httpx.InvalidURL) as e: raise TitaError(f"no connection to {self.base_url} ({type(e).__name__}); is the server running, and the address right?") from None
 
     def client(self):
         "A new asynchronous client."
@@ -516,7 +522,7 @@ def message(
     "A question with its images as a conversation of one turn."
     return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(im)}} for im in images] + [{"type": "text", "text": text}]}]
 
-# %% ../nbs/12_generate.ipynb #02e9f44e
+# %% ../nbs/12_generate.ipynb #ef997db6
 @dataclass
 class EndpointEngine:
     "Answers with a model behind an API."
@@ -544,6 +550,7 @@ class EndpointEngine:
         "Answer all tasks: yields lists of answer rows and of error rows."
         if wrong := next((t["view"] for t in tasks if parse_view(t["view"]).on == "tensor"), None):
             raise TitaError(f"view {wrong!r} is noise on the model's own tensors, and a server takes only images; use 'pixel-{wrong}' or engine transformers")
+        self.endpoint.check()
         for task, row, err in concurrently(self.answer, tasks, self.endpoint):
             if getattr(err, "fatal", False): raise err
             yield ([row], []) if err is None else ([], [error_row(task, str(err))])

@@ -148,7 +148,7 @@ def fuse_consensus(
         if agreement >= least: fused.append({key: v for key, v in rows[k].items() if key != "sample"} | {"view": "consensus", "from": rows[k]["view"], "agreement": round(agreement, 1)})
     return fused
 
-# %% ../nbs/13_pairs.ipynb #8ab7a6b5
+# %% ../nbs/13_pairs.ipynb #2286790b
 FUSE = """Several answers to one question about an image are listed below. They were given on different views of the same image, so an error is likely to stand in one of them only.
 Write the one best answer: keep what the answers agree on{image}, leave out what only one of them claims, keep their style and length, and add nothing of your own. Reply with the answer alone.
 
@@ -175,6 +175,7 @@ class FusionEngine:
 
     def __call__(self, tasks: list):
         from tita.generate import concurrently, error_row
+        self.endpoint.check()
         for task, row, err in concurrently(self.fuse, tasks, self.endpoint):
             if getattr(err, "fatal", False): raise err
             yield ([row], []) if err is None else ([], [error_row(task, str(err))])

@@ -1,0 +1,299 @@
+"tita-data as processes: kills, resumed runs, a judge that misbehaves, files of 200 MB, TRL, Ray."
+import importlib.util, json, multiprocessing, os, random, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from judge import judge
+
+ROOT, CANARY = Path(__file__).resolve().parent.parent, "sk-canary-7d20c4a91e55"
+MAIN = "from tita.data import main; main()"
+VIEWS = "clean", "diffusion-800"
+
+
+def env(**kw): return {**os.environ, "PYTHONPATH": str(ROOT), "TITA_PROGRESS": "0", **kw}
+def start(*args, **kw): return subprocess.Popen([sys.executable, "-c", MAIN, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env(**kw))
+
+
+def tita_data(*args, code=0, **kw):
+    "Run a command to its end; what it said."
+    p = start(*args, **kw); out, err = p.communicate(timeout=300)
+    assert p.returncode == code, f"exit code {p.returncode}\n{out}\n{err}"
+    assert "Traceback" not in err and CANARY not in out + err
+    return out + err
+
+
+def inside(*args, code=0):
+    "The same command in this process, where being one does not matter: no time for imports."
+    from typer.testing import CliRunner
+    from tita.data import app
+    r = CliRunner().invoke(app, [str(a) for a in args])
+    assert r.exit_code == code, f"exit code {r.exit_code}\n{r.output}\n{r.exception!r}"
+    return r.output
+
+
+def rows_of(path):
+    "Whole lines of a file."
+    return [json.loads(l) for l in Path(path).read_bytes().split(b"\n")[:-1]] if Path(path).exists() else []
+
+
+def key(r): return r["question_id"], r["view"], r.get("sample", 0)
+def by_key(rows): return {key(r): r for r in rows}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    "A folder with 40 images, 120 questions (one image is damaged) and a tiny model that has learned nothing."
+    from tita.world import make_scenes, tiny_model, tiny_processor
+    root = tmp_path_factory.mktemp("world"); (root/"images").mkdir()
+    with open(root/"questions.jsonl", "w") as f:
+        for i, scene in enumerate(make_scenes(40, seed=8)):
+            scene.image.save(root/f"images/{i}.png")
+            for k, q in enumerate(scene.questions[:3]): f.write(json.dumps(dict(question_id=f"{i}-{k}", image=f"{i}.png", text=q.text)) + "\n")
+    (root/"images/7.png").write_bytes((root/"images/7.png").read_bytes()[:200])
+    tiny_model(64, 2).save_pretrained(root/"model"); tiny_processor().save_pretrained(root/"model")
+    return root
+
+
+def generating(world, out): return "generate", world/"questions.jsonl", "--images", world/"images", "--model", world/"model", "--out", out, "--max-new-tokens", 4
+def generate(world, out, *more, code=0): return inside(*generating(world, out), *more, code=code)
+
+
+## Killed and started again
+
+def test_twenty_kills_lose_and_repeat_nothing(world, tmp_path):
+    import threading, torch
+    from tqdm import tqdm
+    from tita.generate import generate_answers
+    from tita.models import load_processor, load_vlm
+    from tita.sources import read_questions
+    torch.set_num_threads(1); fork, rng = multiprocessing.get_context("fork"), random.Random()
+    model, processor, questions = load_vlm(world/"model", dtype="float32"), load_processor(world/"model"), read_questions(world/"questions.jsonl")
+
+    def answer(out):
+        "Sampled answers in small batches, in a process that has nothing to import any more."
+        sys.stderr = open(os.devnull, "w"); tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared with forks, and a killed one may hold it
+        generate_answers(model, processor, questions, world/"images", VIEWS, out, n=2, temperature=1.2, batch_size=3, max_new_tokens=4, seed=5)
+
+    def run(out, seconds=None):
+        "Kill it after so many seconds, if it is not done: was it killed?"
+        p = fork.Process(target=answer, args=(out,)); p.start(); p.join(seconds)
+        if killed := p.is_alive(): os.kill(p.pid, signal.SIGKILL)
+        p.join(); assert killed or p.exitcode == 0
+        return killed
+
+    t = time.time(); run(tmp_path/"whole.jsonl"); window = (time.time() - t) / 12
+    whole, out, kills, sizes = rows_of(tmp_path/"whole.jsonl"), tmp_path/"killed.jsonl", 0, set()
+    assert len(whole) == len(by_key(whole)) == 39 * 3 * 2 * 2
+    for _ in range(400):
+        kills += run(out, rng.uniform(0, 1) * window); sizes.add(len(rows_of(out)))
+        if kills == 20: break
+    run(out); rows, failed = rows_of(out), rows_of(tmp_path/"killed.errors.jsonl")
+    assert kills == 20 and len(sizes) > 3, (kills, sizes)
+    assert len(rows) == len(whole) and by_key(rows) == by_key(whole)
+    assert len(failed) == len(by_key(failed)) == 3 * 2 * 2 and {r["image"] for r in failed} == {"7.png"} and "damaged" in failed[0]["error"]
+
+
+def test_a_killed_command_resumes(world, tmp_path):
+    out = tmp_path/"a.jsonl"
+    p = start(*generating(world, out), "--batch-size", 1)
+    while len(rows_of(out)) < 5 and p.poll() is None: time.sleep(.01)
+    p.send_signal(signal.SIGKILL); p.communicate(); done = rows_of(out)
+    with open(out, "ab") as f: f.write(b'{"question_id": "torn')
+    told = generate(world, out, "--batch-size", 1, code=1)
+    assert f"{len(done)} were there already, 6 failed" in told and "a.errors.jsonl" in told
+    assert rows_of(out)[:len(done)] == done and len(by_key(rows_of(out))) == len(rows_of(out)) == 39 * 3 * 2
+    assert "234 were there already" in generate(world, out, "--batch-size", 1, code=1)
+
+
+def test_two_processes_do_not_write_to_one_file(world, tmp_path):
+    from tita.core import JsonlWriter
+    with JsonlWriter(tmp_path/"a.jsonl"): assert "another process is writing to it" in tita_data(*generating(world, tmp_path/"a.jsonl"), code=2)
+
+
+def test_interrupted_says_how_to_go_on(world, tmp_path):
+    out = tmp_path/"a.jsonl"
+    p = start(*generating(world, out), "--batch-size", 1)
+    while len(rows_of(out)) < 3 and p.poll() is None: time.sleep(.01)
+    p.send_signal(signal.SIGINT); _, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and "run the same command again to resume" in err and "Traceback" not in err
+
+
+def test_shards_make_the_whole(world, tmp_path):
+    from typer.testing import CliRunner
+    from tita.data import app
+    for i in range(2): CliRunner().invoke(app, [*map(str, generating(world, tmp_path/f"{i}.jsonl")), "--shard", f"{i}/2"])
+    generate(world, tmp_path/"all.jsonl", code=1); shards = [rows_of(tmp_path/f"{i}.jsonl") for i in range(2)]
+    assert all(shards) and len(sum(shards, [])) == len(by_key(sum(shards, []))) and by_key(sum(shards, [])) == by_key(rows_of(tmp_path/"all.jsonl"))
+
+
+## Bad input
+
+@pytest.mark.parametrize("text, told", [
+    ('{"image": "0.png", "text": "What?"}\n{"image": "0.png", "text"\n', ":2: not JSON"), ('{"image": "0.png"}\n', ":1: no key 'text'"), ('{"text": "What?"}\n', ":1: no key 'image'"),
+    ('{"question_id": 1, "image": "0.png", "text": "What?"}\n{"question_id": 1, "image": "1.png", "text": "What?"}\n', ":2: question_id 1 is there twice"), ("", "the file is empty"),
+    ('[{"image": "0.png", "text": "What?"},\n{"image": ]', ":2: not JSON"), ('[{"image": "0.png", "text": "What?"},', ":1: the JSON array breaks off here"), ("[1]", ":1: the array holds a int"), ('"text"', "a row is a JSON object")])
+def test_a_bad_question_file_names_its_line(world, tmp_path, text, told):
+    (tmp_path/"q.jsonl").write_text(text)
+    for args in (["check", tmp_path/"q.jsonl", world/"images"], ["generate", tmp_path/"q.jsonl", "--images", world/"images", "--model", "none", "--out", tmp_path/"a.jsonl"]):
+        p = start(*args); out, err = p.communicate(timeout=60)
+        assert p.returncode in (1, 2) and str(tmp_path/"q.jsonl") in out + err and "Traceback" not in err
+        assert told.split(": ", 1)[-1] in out + err and (told.split(":")[1] if told.startswith(":") else "") in out + err, out + err
+
+
+def test_every_bad_image_is_a_failed_row_and_the_rest_goes_on(world, tmp_path):
+    outside = tmp_path/"outside.png"; outside.write_bytes((world/"images/1.png").read_bytes())
+    images = tmp_path/"images"; images.mkdir(); (images/"good.jpg").write_bytes((world/"images/1.png").read_bytes())
+    (images/"link.png").symlink_to(outside); (images/"cut.jpg").write_bytes((world/"images/1.png").read_bytes()[:150]); (images/"text.png").write_text("no")
+    names = ["good", "good.png", "gone.png", "../outside.png", str(outside), "link.png", "cut.jpg", "text.png"]
+    (tmp_path/"q.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(dict(question_id=i, image=n, text="Is there a cup in the image?")).encode() for i, n in enumerate(names)) + b"\r\n\r\n")
+    inside("generate", tmp_path/"q.jsonl", "--images", images, "--model", world/"model", "--out", tmp_path/"a.jsonl", "--max-new-tokens", 2, code=1)
+    assert {r["question_id"] for r in rows_of(tmp_path/"a.jsonl")} == {0, 1}
+    why = {r["question_id"]: r["error"] for r in rows_of(tmp_path/"a.errors.jsonl")}
+    assert why.keys() == set(range(2, 8)) and "is not in" in why[2] and all("leaves its folder" in why[i] for i in (3, 4, 5)) and "damaged" in why[6] and "not an image" in why[7]
+    told = inside("check", tmp_path/"q.jsonl", images, code=1)
+    assert "rows 8  images 8  found 2  missing 1  unreadable 1  truncated 1  escapes 3" in told and f"{tmp_path/'q.jsonl'}:7: truncated" in told
+
+
+def test_mistakes_are_told_in_one_line(world, tmp_path):
+    q, ask = world/"questions.jsonl", ["--images", world/"images", "--out", tmp_path/"a.jsonl"]
+    for args, told in [(["generate", q, *ask, "--model", tmp_path/"none"], "no such folder"), (["generate", q, *ask, "--model", "m", "--view", "fog"], "none of clean"),
+                       (["generate", q, *ask, "--model", "m", "--engine", "openai", "--base-url", "http://127.0.0.1:9/v1", "--view", "diffusion-800"], "use 'pixel-diffusion-800'"),
+                       (["questions", q, "--out", tmp_path/"x"], "no record of ocr_vqa"), (["pairs", q, "--images", world/"images", "--out", tmp_path/"x"], "no key 'answer'")]:
+        err = inside(*args, code=2); assert told in err and err.strip().splitlines()[-1].startswith("error: ")
+
+
+## The same seed, the same file
+
+def conversations(n):
+    "LLaVA's mix in small: OCR-VQA, TextVQA and text."
+    for i in range(n):
+        talk = [{"from": w, "value": v} for q in ("Who is the author of this book?", "What is the title?", "What type of book is this?") for w, v in (("human", f"<image>\n{q}\nAnswer the question using a single word or phrase."), ("gpt", f"A {i}"))]
+        yield {"id": f"{i:09}", "image": f"ocr_vqa/images/{i:09}.jpg", "conversations": talk}
+        yield {"id": f"t{i}", "image": f"textvqa/train_images/{i:016x}.jpg", "conversations": talk[:2]}
+        yield {"id": f"s{i}", "conversations": talk[:4]}
+
+
+def test_questions_are_the_same_bytes_for_the_same_seed(tmp_path):
+    (tmp_path/"mix.json").write_text(json.dumps(list(conversations(300))))
+    for name, seed in ("a", 0), ("b", 0), ("c", 1): tita_data("questions", tmp_path/"mix.json", "--out", tmp_path/name, "--source", "ocr_vqa=50", "--source", "textvqa=70", "--seed", seed)
+    a, b, c = ((tmp_path/n).read_bytes() for n in "abc")
+    assert a == b != c and len(a.splitlines()) == 50 * 2 + 70
+
+
+def sevas_join(chosen, rejected):
+    "What SeVa's data README describes, for two lists of (image, question, answer) in the same order."
+    pairs = []
+    for (image, question, good), (_, _, bad) in zip(chosen, rejected):
+        if good != bad: pairs.append({"chosen": good.replace("</s>", "").replace("\n", ""), "reject": bad.replace("</s>", "").replace("\n", ""), "question": question, "image_id": image + ".jpg"})
+    return pairs
+
+
+def test_sevas_own_files_give_sevas_pairs(world, tmp_path):
+    rng = random.Random(3); said = ["Yes", "No", "No</s>", "a red\nbus", "a red bus", "", " two  buses</s>", "two buses"]
+    asked = [(f"{i // 2}", f"What is in picture {i}?") for i in range(0, 70) if i // 2 != 7]
+    sides = [[(image, q, rng.choice(said)) for image, q in asked] for _ in range(2)]
+    for name, side in zip(("base", "noise"), sides):
+        (tmp_path/f"{name}.jsonl").write_text("".join(json.dumps({"question": q, "answer": a, "image_id": image}) + "\n" for image, q, a in side))
+    inside("pairs", f"clean={tmp_path}/base.jsonl", f"diffusion-500={tmp_path}/noise.jsonl", "--rejected", "diffusion-500", "--like", "seva", "--images", world/"images", "--out", tmp_path/"set")
+    ours, theirs = json.loads((tmp_path/"set/seva.json").read_text()), sevas_join(*sides)
+    assert any(p["chosen"] == p["reject"] for p in theirs) and [p | {"image_id": p["image_id"] + ".jpg"} for p in ours] == [p for p in theirs if p["chosen"] != p["reject"]]
+
+
+## Judges and servers
+
+def test_no_row_is_lost_to_a_bad_judge(world, tmp_path, monkeypatch):
+    rows = [dict(question_id=q, image=f"{q % 5}.png", text="Is this forbidden?" if q == 11 else "Describe the image.", view="clean", sample=s, answer="a cup " * (s + 1) + str(q)) for q in range(24) for s in range(4)]
+    (tmp_path/"answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with judge(.6) as url:
+        run = ["annotate", tmp_path/"answers.jsonl", "--images", world/"images", "--out", tmp_path/"scores.jsonl", "--model", "judge", "--base-url", url, "--retries", 2]
+        p = start(*run, OPENAI_API_KEY=CANARY)
+        while len(rows_of(tmp_path/"scores.jsonl")) < 4 and p.poll() is None: time.sleep(.01)
+        p.send_signal(signal.SIGKILL); p.communicate(); scores = tmp_path/"scores.jsonl"
+        monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+        for _ in range(8):
+            told = inside(*run, code=1); assert CANARY not in told; done, failed = rows_of(scores), rows_of(tmp_path/"scores.errors.jsonl")
+            assert len(done) + len(failed) == 24 and not {r["question_id"] for r in done} & {r["question_id"] for r in failed}, told
+            if len(failed) == 1: break
+    assert [r["question_id"] for r in failed] == [11] and len({r["question_id"] for r in done}) == len(done) == 23
+    assert [f["reason"] for f in failed[0]["failures"]] and "refused" in failed[0]["error"]
+    reasons = " ".join(f["reason"] for r in done + failed for f in r.get("failures", []))
+    assert all(word in reasons for word in ("429", "500", "no connection", "refused", "JSON", "less than or equal to 4")), reasons
+    assert all(a["scores"]["correctness"] == len(a["answer"]) % 5 for r in done for a in r["answers"]) and all(json.loads(r["answer"]) for r in done)
+    assert not any(CANARY in f.read_text() for f in tmp_path.glob("*.json*"))
+
+
+def test_a_server_answers_like_a_local_model_and_resumes(world, tmp_path):
+    with judge(.3) as url:
+        run = ["generate", world/"questions.jsonl", "--images", world/"images", "--out", tmp_path/"a.jsonl", "--engine", "openai", "--model", "m", "--base-url", url, "--view", "clean", "--view", "pixel-diffusion-800", "--view", "none"]
+        for _ in range(6):
+            inside(*run, code=1); failed = rows_of(tmp_path/"a.errors.jsonl")
+            if {r["image"] for r in failed} == {"7.png"}: break
+    rows = rows_of(tmp_path/"a.jsonl"); assert len(rows) == len(by_key(rows)) == 39 * 3 * 2 + 40 * 3 and len(failed) == 6
+
+
+def test_no_server(world, tmp_path):
+    told = inside("generate", world/"questions.jsonl", "--images", world/"images", "--out", tmp_path/"a.jsonl", "--engine", "openai", "--model", "m", "--base-url", "http://127.0.0.1:9/v1", "--view", "clean", code=2)
+    assert "no connection to http://127.0.0.1:9/v1 (ConnectError); is the server running" in told
+
+
+## What comes out is what others take in
+
+def test_trl_trains_on_the_folder(world, tmp_path):
+    generate(world, tmp_path/"answers.jsonl", code=1)
+    inside("pairs", tmp_path/"answers.jsonl", "--images", world/"images", "--out", tmp_path/"set", "--limit", 8)
+    import torch
+    from datasets import load_from_disk
+    from trl import DPOConfig, DPOTrainer
+    from tita.models import load_processor, load_vlm
+    model, ref = load_vlm(world/"model", dtype="float32"), load_vlm(world/"model", dtype="float32"); before = model.lm_head.weight.clone()
+    args = DPOConfig(str(tmp_path/"run"), use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None, per_device_train_batch_size=4, max_steps=2, learning_rate=1e-3, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True)
+    trainer = DPOTrainer(model, ref, args, train_dataset=load_from_disk(tmp_path/"set/trl"), processing_class=load_processor(world/"model")); trainer.train()
+    assert not torch.equal(before, trainer.model.lm_head.weight.cpu()) and abs(trainer.state.log_history[0]["loss"] - .6931) < .01
+
+
+@pytest.mark.slow
+def test_a_200_mb_array_needs_little_memory(tmp_path):
+    record = next(conversations(1)); text = json.dumps(record["conversations"]); n = 0
+    with open(tmp_path/"mix.json", "w") as f:
+        f.write("[")
+        while f.tell() < 200e6:
+            for _ in range(1000): f.write(f'{", " if n else ""}{{"id": "{n}", "image": "{("ocr_vqa/images", "textvqa/train_images", "gqa/images")[n % 3]}/{n}.jpg", "conversations": {text}}}'); n += 1
+        f.write("]")
+    code = MAIN.replace("main()", "").rstrip("; ") + "\nimport resource\ntry: main()\nfinally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    (tmp_path/"images").mkdir()
+    for args, most in ((["questions", tmp_path/"mix.json", "--out", tmp_path/"q.jsonl"], 400), (["check", tmp_path/"q.jsonl", tmp_path/"images"], 400)):
+        r = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env=env())
+        assert int(r.stdout.split()[-1]) < most, r.stdout[-300:] + r.stderr[-2000:]
+    assert len(rows_of(tmp_path/"q.jsonl")) == 4000 * 2 + 8000 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is not installed (pip install 'tita[ray]')")
+def test_two_ray_actors_answer_like_one_process(world, tmp_path):
+    generate(world, tmp_path/"one.jsonl", code=1)
+    told = tita_data(*generating(world, tmp_path/"two.jsonl"), "--engine", "ray", "--actors", 2, "--batch-size", 8, code=1)
+    assert by_key(rows_of(tmp_path/"two.jsonl")) == by_key(rows_of(tmp_path/"one.jsonl")) and len(rows_of(tmp_path/"two.errors.jsonl")) == 6, told
+
+
+## The run notebook
+
+def run_notebook(out, **parameters):
+    flat = [x for k, v in parameters.items() for x in ("-p", k, str(v))]
+    return subprocess.run([sys.executable, "scripts/run_notebook.py", "nbs/runs/prepare_data.ipynb", str(out/"prepare_data.ipynb"), "-p", "out", str(out), *flat], cwd=ROOT, env=env(), capture_output=True, text=True, timeout=580)
+
+
+@pytest.mark.slow
+def test_run_notebook_with_a_model_in_this_process(world, tmp_path):
+    for _ in range(2):
+        r = run_notebook(tmp_path, questions=world/"questions.jsonl", images=world/"images", model=world/"model", max_new_tokens=6)
+        assert r.returncode == 0, r.stdout + r.stderr
+    sets = json.loads((tmp_path/"metrics.json").read_text())["sets"]
+    assert sets.keys() == {"seva", "consensus", "hard"} and all((tmp_path/name/"README.md").exists() for name in sets if sets[name]["report"]["pairs"]) and sets["hard"]["pairs"] > 0
+
+
+@pytest.mark.slow
+def test_run_notebook_with_a_server(world, tmp_path):
+    with judge() as url:
+        r = run_notebook(tmp_path, questions=world/"questions.jsonl", images=world/"images", engine="openai", base_url=url, model="m", judge="m", samples=2, judge_questions=10)
+        assert r.returncode == 0, r.stdout + r.stderr
+    assert json.loads((tmp_path/"metrics.json").read_text())["sets"]["seva"]["report"]["joined"] == 117 and len(rows_of(tmp_path/"scores.jsonl")) > 5
