@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'AGAIN', 'Settings', 'encode_image', 'make_body', 'estimate_tokens', 'Trouble', 'retry_after',
-           'name_trouble', 'Reply', 'complete', 'Client', 'run_async']
+           'name_trouble', 'Reply', 'complete', 'http_client', 'Client', 'run_async']
 
 # %% ../nbs/44_client.ipynb #91421d0a
 import asyncio, base64, email.utils, functools, io, json, math, random, re, time
@@ -185,7 +185,17 @@ async def complete(
     if reply.end is None: raise Trouble("truncated", f"the answer breaks off after {len(reply.text)} characters")
     return reply
 
-# %% ../nbs/44_client.ipynb #47162011
+# %% ../nbs/44_client.ipynb #b81de8a4
+def http_client(
+    url: str, # address of the endpoint
+): # for `AsyncOpenAI`
+    "The HTTP library below the official client: aiohttp if it is there, else httpx."
+    import openai
+    plain = dict(verify=False, follow_redirects=False) if url.startswith("http:") else {}
+    try: return openai.DefaultAioHttpClient(**plain)
+    except (RuntimeError, AttributeError): return openai.DefaultAsyncHttpxClient(**plain)
+
+# %% ../nbs/44_client.ipynb #8a498d36
 class Client:
     "Asks one endpoint; use it as `async with Client(endpoint, settings) as client: ...`."
     def __init__(self,
@@ -197,11 +207,10 @@ class Client:
         self._rng = random.Random(0)
 
     async def __aenter__(self):
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Omit
-        e = self.endpoint; plain = e.base_url.startswith("http:")
+        from openai import AsyncOpenAI, Omit
+        e = self.endpoint
         self.api = AsyncOpenAI(api_key=e.key.reveal() if e.key else "none", base_url=e.base_url, max_retries=0, timeout=self.settings.timeout,
-            default_headers={"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()},
-            http_client=DefaultAsyncHttpxClient(verify=False, follow_redirects=False) if plain else None)
+            default_headers={"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}, http_client=http_client(e.base_url))
         return self
 
     async def __aexit__(self, *exc): await self.api.close()
