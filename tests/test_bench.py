@@ -171,13 +171,3 @@ def test_a_model_in_this_process(tmp_path, monkeypatch):
     assert "0 asked" in run(*args); rows = rows_of(tmp_path/"out.jsonl")
     assert len(rows) == 6 and all(r["success"] and r["ttft"] and 0 < r["output_tokens"] <= 4 for r in rows) and len({r["model"] for r in rows}) == 2
     run("eval", "--dir", tmp_path); assert len(json.loads((tmp_path/"summary.json").read_text())["pairs"]) == 1
-
-
-@pytest.mark.slow
-def test_the_client_is_cheap(tmp_path):
-    "500 questions of 50 ms, 32 at once: under 5 ms CPU a request, within 1.3 times the ideal (on a machine that is otherwise idle)."
-    busy = os.getloadavg()[0] > 1
-    subprocess.run([sys.executable, str(ROOT/"scripts/bench_client.py"), "--repeat", "5", "--out", str(tmp_path/"r.json")], check=True, timeout=300, env=env())
-    r = json.loads((tmp_path/"r.json").read_text())
-    assert r["cpu_ms"] < 5 and r["faster"] > 100
-    assert busy or r["ratio"] < 1.3, r
