@@ -67,7 +67,7 @@ class HandProcessor:
         h, w = x.shape[0] // 16 * 2, x.shape[1] // 16 * 2; x = x[:h * 8, :w * 8].reshape(h, 8, w, 8, 3).permute(0, 2, 4, 1, 3)
         return x.reshape(h * w, 3, 1, 64).expand(-1, -1, 2, -1).reshape(h * w, -1), [1, h, w]
 
-    def __call__(self, text, images, return_tensors="pt", padding=False):
+    def __call__(self, text, images, return_tensors="pt", padding=False, add_special_tokens=True):
         images, text = [images] if isinstance(images, Image.Image) else list(images), [text] if isinstance(text, str) else text
         px, grid = zip(*map(self.pixels, images)); inter = self.family == "internvl"
         run = iter(["USER:" + "<image>" * 4 * len(p) + "ASSISTANT:" for p in px] if inter else ["<image>" * (h * w // 4) for _, h, w in grid])

@@ -127,7 +127,7 @@ class Stack:
             self.cos, self.sin = cos, torch.cat([-sin[:, :self.width // 2], sin[:, self.width // 2:]], -1)
         return self.cos[positions][:, None], self.sin[positions][:, None]
 
-# %% ../nbs/31_decode.ipynb #99c61953
+# %% ../nbs/31_decode.ipynb #8e3b8edc
 def _rms(x, norm):
     "RMS norm in float32, as transformers rounds it."
     if x.dtype == torch.float32: return F.rms_norm(x, norm[0].shape, norm[0], norm[1])
@@ -139,10 +139,13 @@ def __call__(self: Stack,
     positions: Tensor, # (m, q)
     mask: Tensor | None, # (m, 1, q, kv), None: causal
     cache: RaggedCache, # placed for these rows
+    features: Tensor | None = None, # (images' tokens, hidden), in order
+    image_token: int | None = None, # what stands in their places
 ) -> Tensor: # (m, q, hidden)
     "Hidden states of a block."
     (m, q), half = tokens.shape, self.width // 2
     x, (cos, sin), causal = F.embedding(tokens, self.embedding), self.rope(positions), mask is None and q > 1
+    if features is not None: x[tokens == image_token] = features.to(x)
     for layer, (n1, Q, K, V, O, qn, kn, n2, G, U, D) in zip(cache.layers, self.layers):
         h = _rms(x, n1)
         query, key, value = (F.linear(h, *w).view(m, q, -1, self.width) for w in (Q, K, V))
@@ -170,7 +173,7 @@ def written_out(
     except (AttributeError, TypeError, RuntimeError, IndexError, KeyError): return
     return stack if (mine - own).abs().max() <= (1e-4 if stack.embedding.dtype == torch.float32 else 5e-2) * own.abs().max() else None
 
-# %% ../nbs/31_decode.ipynb #87261ce8
+# %% ../nbs/31_decode.ipynb #7d012d0c
 class Expert:
     "A model with the keys and values of its rows. Raises `TitaError` for a model that cannot be cached this way."
     def __init__(self,
@@ -193,7 +196,7 @@ class Expert:
         self.attention, self.forwards, self.positions, self.seconds = text._attn_implementation, 0, 0, 0.
         if self.attention not in ("sdpa", "eager"): raise TitaError(f"attention {self.attention!r} cannot take a mask per row; load the model with attn_implementation='sdpa'")
         if "sliding_attention" in (getattr(text, "layer_types", None) or []): self.context = min(self.context, text.sliding_window)
-        self.stack = written_out(self.core)
+        self.stack, self.simple = written_out(self.core), self.takes_features and config.model_type in ("llava", "internvl")  # features just take the places of image tokens
 
     @property
     def device(self): return self.head.weight.device
@@ -204,7 +207,13 @@ class Expert:
         self.lens, self.delta, self.start = (torch.zeros(slots, dtype=torch.long) for _ in range(3))  # tokens held, M-RoPE's shift, tokens of the prompt
         self.prefixes, self.known = None, {}
 
-# %% ../nbs/31_decode.ipynb #8cd0b475
+# %% ../nbs/31_decode.ipynb #d515bceb
+def _joined(inputs: dict) -> Tensor | None: # (tokens, hidden)
+    "The image features of a forward, in a row."
+    if not inputs: return
+    features = inputs["mm_encoder_outputs"]["image"].pooler_output
+    return torch.cat(list(features)) if isinstance(features, (list, tuple)) else features.flatten(0, -2)
+
 @patch
 @torch.inference_mode()
 def forward(self: Expert,
@@ -220,12 +229,12 @@ def forward(self: Expert,
     "Append a block of tokens to rows and return logits. `lens` stay as they are: the caller says how many tokens it keeps."
     started, device = time.perf_counter(), self.body.get_input_embeddings().weight.device
     ends, mask = cache.place(rows, lens, tokens.shape[1])
-    plain = positions is None and not inputs and self.stack is not None and self.stack.current
+    plain = positions is None and (not inputs or self.simple) and self.stack is not None and self.stack.current
     if positions is None: positions = ends + (delta[:, None] if torch.is_tensor(delta) else delta)
     if mask is not None and self.attention == "eager" and not plain: mask = torch.zeros(mask.shape, dtype=self.core.dtype).masked_fill(~mask, torch.finfo(self.core.dtype).min)
     tokens, positions, mask = tokens.to(device), positions.to(device), None if mask is None else mask.to(device)
     with contextlib.nullcontext() if self.adapter else self.model.disable_adapter():
-        if plain: hidden = self.stack(tokens, positions, mask, cache)
+        if plain: hidden = self.stack(tokens, positions, mask, cache, _joined(inputs), self.image_token)
         else: hidden = self.body(input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs).last_hidden_state
         logits = self.head(hidden if at is None else hidden[torch.arange(len(at)), at]) * self.scale
     if self.cap: logits = (logits / self.cap).tanh() * self.cap
@@ -253,7 +262,7 @@ def _find(part, ids):
     at = [i for i in range(len(ids) - len(part) + 1) if tuple(ids[i:i + len(part)]) == part]
     return at[0] if len(at) == 1 else None
 
-# %% ../nbs/31_decode.ipynb #ab2543f5
+# %% ../nbs/31_decode.ipynb #ad6693ee
 class Encoder:
     "Token ids and pixels for one processor."
     def __init__(self,
@@ -263,7 +272,7 @@ class Encoder:
     ):
         self.processor, self.image_token, self.system = processor, image_token, system
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.plain, self.trusted = {}, None; self.fresh(self)
+        self.plain, self.proof = {}, []; self.fresh(self)  # shared by copies: prompts, and whether the quick way was right
 
     def fresh(self, new=None):
         "The same without images."
@@ -275,15 +284,19 @@ class Encoder:
     def tokenize(self, questions: list[tuple[str, int]]):
         "Token ids of prompts, the image still one placeholder; each question once."
         new = [q for q in dict.fromkeys(questions) if q not in self.plain]
-        if new: self.plain.update(zip(new, self.tokenizer([self.text(*q) for q in new], verbose=False)["input_ids"]))
+        if not new: return
+        texts = [self.text(*q) for q in new]
+        self.plain.update(zip(new, self.tokenizer(texts, add_special_tokens=self._adds(texts[0]), verbose=False)["input_ids"]))
 
-# %% ../nbs/31_decode.ipynb #a218f641
+    def _adds(self, text: str) -> bool: "Whether the tokenizer must begin the prompt, since the template does not."; return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+
+# %% ../nbs/31_decode.ipynb #6d108bfa
 TEXT_KEYS = "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"
 
 @patch
 def _process(self: Encoder, texts: list[str], images: list) -> tuple[list, dict]:
     "The processor's ids and pixels."
-    out = self.processor(text=texts, images=images, return_tensors="pt", padding=len(texts) > 1)
+    out = self.processor(text=texts, images=images, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=self._adds(texts[0]))
     ids = [row[keep.bool()].tolist() for row, keep in zip(out["input_ids"], out["attention_mask"])]
     return ids, {k: v for k, v in out.items() if k not in TEXT_KEYS}
 
@@ -306,7 +319,7 @@ def see(self: Encoder, images: dict, question: str = "What is it?"):
         for k, row in zip(part, ids): self.spans[k] = _span(self.plain[question, 1], row, self.image_token)
     for k in images.keys() - set(single): self.pixels[k] = self._process([self.text(question, len(images[k]))], images[k])[1]
 
-# %% ../nbs/31_decode.ipynb #2fb77b5f
+# %% ../nbs/31_decode.ipynb #c933dc7c
 @patch
 def prompt(self: Encoder, question: str, key: tuple | None, images: list) -> Prompt:
     "The prompt of one question. Raises `TitaError` if the images do not fit in it."
@@ -315,10 +328,11 @@ def prompt(self: Encoder, question: str, key: tuple | None, images: list) -> Pro
     if (found := plain.count(self.image_token)) != n:
         raise TitaError(f"{n} image{'s' * (n > 1)} for {found} image place{'s' * (found != 1)} in the prompt; " + ("give the model as many as it takes" if found < n else "take the image token out of the question"))
     short, long = self.spans.get(key, ((), ())); at = _find(short, plain) if short else None
-    fast = plain[:at] + list(long) + plain[at + len(short):] if at is not None and self.trusted is not False else None
-    if fast is None or self.trusted is None:
+    fast = plain[:at] + list(long) + plain[at + len(short):] if at is not None and all(self.proof) else None
+    if fast is None or not self.proof:
         full = self._process([self.text(question, n)], images)[0][0]
-        self.trusted, fast = (self.trusted if fast is None else fast == full), full
+        if fast is not None: self.proof.append(fast == full)
+        fast = full
     return Prompt(fast, key, len(fast) - fast[::-1].index(self.image_token))
 
 @patch
@@ -558,10 +572,11 @@ class Row:
     @cached_property
     def key(self) -> tuple: "The same for rows about the same images."; return tuple(str(i) if isinstance(i, (str, Path)) else id(i) for i in self.images)
 
-# %% ../nbs/31_decode.ipynb #802363c5
+# %% ../nbs/31_decode.ipynb #30628e61
 class Engine:
     "Rows in slots: admits, advances and finishes them. One step is one token for every running row."
     watch = False # note where the drafter was right
+    heard = forcing = False # does any row have `on_token`; is any answer given
     def __init__(self,
         experts: list[Expert], # base, rewards, references
         encoders: list[Encoder], # those that the experts name
@@ -663,7 +678,7 @@ def _close(self: Engine, row: Row):
     for enc in self.encoders: enc.forget(row.key)
     for e in self.experts: e.known.pop(row.key, None)
 
-# %% ../nbs/31_decode.ipynb #a1dd88da
+# %% ../nbs/31_decode.ipynb #43daad05
 @patch
 def _admit(self: Engine, m: int):
     "Put the next `m` prepared rows into slots and choose their first tokens."
@@ -691,9 +706,9 @@ def _seat(self: Engine, rows: list[Row], a: int, b: int):
     place = {s: i for i, s in enumerate(self.groups)}
     self.group[a:b], self.seed[a:b] = torch.tensor([place[r.sampling] for r in rows]), torch.tensor([r.seed for r in rows])
     self.limit[a:b] = torch.tensor([min(r.sampling.max_new_tokens, *(e.context - len(r.prompts[e.encoder].ids) for e in self.experts)) for r in rows])
-    self.count[a:b] = 0; self.forced[a:b] = -1
+    self.count[a:b] = 0; self.forced[a:b] = -1; self.heard |= any(r.on_token for r in rows)
     if forced := [(a + i, r.forced) for i, r in enumerate(rows) if r.forced is not None]:
-        self._widen(max(len(f) for _, f in forced))
+        self._widen(max(len(f) for _, f in forced)); self.forcing = True
         for i, f in forced: self.forced[i, :len(f)], self.limit[i] = torch.tensor(f), len(f)
 
 @patch
@@ -703,7 +718,7 @@ def _widen(self: Engine, width: int):
     for name in ("tokens", "base_tokens", "forced"): setattr(self, name, F.pad(getattr(self, name), (0, more), value=-1))
     self.rewards = F.pad(self.rewards, (0, more))
 
-# %% ../nbs/31_decode.ipynb #d41487fd
+# %% ../nbs/31_decode.ipynb #e3bc3a60
 @patch
 def _common(self: Engine, logits: list[Tensor]) -> list[Tensor]: # each (..., V) on the base's device
     "Logits over the tokens that all models have."
@@ -740,6 +755,9 @@ def _couples(self: Engine, s: Sampling) -> bool:
     return bool(s.temperature and self.n_rewards and s.repetition_penalty == 1 and not self.processors)
 
 @patch
+def _greedy(self: Engine) -> bool: "Whether no row draws, and none has its scores changed."; return not self.processors and all(not s.temperature and s.repetition_penalty == 1 for s in self.groups)
+
+@patch
 def _pick(self: Engine,
     scores: Tensor, # (m, J, V) aligned
     drafted: Tensor | None, # (m, J, V) of the drafter
@@ -747,6 +765,10 @@ def _pick(self: Engine,
     proposals: Tensor | None = None, # (m, J) what the drafter drew, where it already has
 ) -> Tensor: # (m, J) on the host
     "The next J tokens of each row, each as if the ones before it were right."
+    if self._greedy():
+        tokens = scores.argmax(-1)
+        if self.watch and drafted is not None: self.hits = (tokens == (drafted.argmax(-1) if proposals is None else proposals)).cpu()
+        return tokens.cpu()
     (m, J), tokens = scores.shape[:2], torch.empty(scores.shape[:2], dtype=torch.long)
     self.hits = torch.zeros(m, J, dtype=torch.bool) # where the drafter was right
     for g in self.group[a:b].unique().tolist():
@@ -764,7 +786,7 @@ def _pick(self: Engine,
         tokens[at] = new.view(-1, J).cpu()
     return tokens
 
-# %% ../nbs/31_decode.ipynb #f7a36239
+# %% ../nbs/31_decode.ipynb #67b25dd7
 @patch
 def _choose(self: Engine, a: int, b: int, logits: list[Tensor]):
     "Choose the next token of the rows a to b from (m, V) logits of each expert, and note it."
@@ -773,15 +795,15 @@ def _choose(self: Engine, a: int, b: int, logits: list[Tensor]):
     rows, at = torch.arange(a, b), self.count[a:b].clone()
     self.good = ~scores.isnan().any(-1).cpu()
     self._widen(int(at.max()) + 1)
-    tokens = torch.where(self.forced[rows, at] >= 0, self.forced[rows, at], tokens)
+    if self.forcing: tokens = torch.where(self.forced[rows, at] >= 0, self.forced[rows, at], tokens)
     self.tokens[rows, at] = self.last[a:b] = tokens
     if d is None: self.base_tokens[rows, at], self.rewards[rows, at] = tokens, 0.
     else: self.base_tokens[rows, at], self.rewards[rows, at] = logits[0].argmax(-1).cpu(), token_rewards(d, tokens.to(d.device)).cpu()
     self.count[a:b] += 1; self.produced += b - a
-    for i, row in enumerate(self.rows[a:b], a):
+    for i, row in enumerate(self.rows[a:b], a) if self.heard else ():
         if row.on_token: row.on_token(int(tokens[i - a]), float(self.rewards[i, at[i - a]]))
 
-# %% ../nbs/31_decode.ipynb #28703707
+# %% ../nbs/31_decode.ipynb #502c2376
 @patch
 def _stopped(self: Engine, i: int) -> bool:
     "Whether the text of slot `i` holds one of its stop strings."
@@ -792,7 +814,8 @@ def _stopped(self: Engine, i: int) -> bool:
 def _harvest(self: Engine, a: int, b: int) -> list[tuple[Row, Output]]: # the rows that are over
     "Take out the rows among a to b that have just ended."
     rows, at = torch.arange(a, b), self.count[a:b]
-    end = self.ends[self.group[a:b], self.last[a:b]] & (self.forced[rows, at - 1] < 0)
+    end = self.ends[self.group[a:b], self.last[a:b]]
+    if self.forcing: end = end & (self.forced[rows, at - 1] < 0)
     stop = torch.zeros(b - a, dtype=torch.bool)
     if any(s.stop for s in self.groups): stop = torch.tensor([self._stopped(i) for i in range(a, b)])
     done = (end | stop | (at >= self.limit[a:b]) | ~self.good).nonzero()[:, 0]

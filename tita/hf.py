@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['AlignedLogitsProcessor', 'aligned']
 
-# %% ../nbs/34_hf.ipynb #e91e8ece
+# %% ../nbs/34_hf.ipynb #3e66ce75
+import copy
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList

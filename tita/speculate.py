@@ -82,11 +82,12 @@ def kept(
     "The accepted drafts, and one more."
     return 1 + (targets[:, :draft.shape[1]] == draft).long().cumprod(1).sum(1)
 
-# %% ../nbs/32_speculate.ipynb #a7c2ef62
+# %% ../nbs/32_speculate.ipynb #876451fc
 @patch
 def _guess(self: SpeculativeEngine, logits: Tensor, j: int) -> Tensor: # (n) ids, on the models' device
     "What the drafter takes for the j-th token of the block."
     n, out = self.n, logits.argmax(-1)
+    if self._greedy(): return out
     for g in self.group[:n].unique().tolist():
         if not (s := self.groups[g]).temperature: continue
         at = (self.group[:n] == g).nonzero()[:, 0]; dev = at.to(logits.device)
@@ -120,7 +121,7 @@ def _verify(self: SpeculativeEngine, block: Tensor, drafted: list[Tensor]):
         scores, d, targets, hits = torch.cat([scores, more], 1), torch.cat([d, d1], 1), torch.cat([targets, final], 1), torch.cat([hits, self.hits], 1)
     return targets, scores, d, base[:, :scores.shape[1]], hits
 
-# %% ../nbs/32_speculate.ipynb #2e8a354a
+# %% ../nbs/32_speculate.ipynb #327a88d4
 @patch
 def _ends_at(self: SpeculativeEngine, targets: Tensor, keep: Tensor) -> Tensor: # (n) how many tokens the rows really take
     "Cut the kept tokens at the first that ends the row."
@@ -141,7 +142,7 @@ def _write(self: SpeculativeEngine, targets: Tensor, keep: Tensor, scores: Tenso
     if any(s.stop for s in self.groups): keep = self._cut_at_stop(before, keep)
     self.count[:n] += keep; self.last[:n] = self.tokens[torch.arange(n), self.count[:n] - 1]; self.produced += int(keep.sum())
     for e in self.experts: e.lens[:n] += keep
-    for i, r in enumerate(self.rows[:n]):
+    for i, r in enumerate(self.rows[:n]) if self.heard else ():
         for c in range(int(before[i]), int(self.count[i])) if r.on_token else (): r.on_token(int(self.tokens[i, c]), float(self.rewards[i, c]))
 
 @patch
@@ -198,7 +199,7 @@ def _note_late(self: SpeculativeEngine, rows: Tensor, at: Tensor, known: Tensor,
     g = self.guidance; d = signal(g.form, self.own[rows[i], at[i, j]][:, None], said[:k], said[k:], g.weights)
     self.rewards[rows[i], at[i, j]] = d[:, 0]
 
-# %% ../nbs/32_speculate.ipynb #525e788f
+# %% ../nbs/32_speculate.ipynb #65145f1b
 @patch
 def _lazy(self: SpeculativeEngine):
     "One token for each row; the others run for those where the base is unsure."
@@ -213,7 +214,7 @@ def _lazy(self: SpeculativeEngine):
         self.rewards[h, at[h]] = token_rewards(d, tokens[h].to(d.device)).cpu()
     self.asked += int(hard.sum()); self.answered += n; self.unsure[:n] = .9 * self.unsure[:n] + .1 * hard
     self.tokens[rows, at] = self.last[:n] = tokens; self.count[:n] += 1; self.produced += n
-    for i, r in enumerate(self.rows[:n]):
+    for i, r in enumerate(self.rows[:n]) if self.heard else ():
         if r.on_token: r.on_token(int(tokens[i]), float(self.rewards[i, at[i]]))
 
 @patch
@@ -227,12 +228,12 @@ def _outputs(self: SpeculativeEngine, slots: list[int], why: list[str]):
     if len(late := self._behind(torch.tensor(slots))): self._catch_up(late, last=False)
     return super(SpeculativeEngine, self)._outputs(slots, why)
 
-# %% ../nbs/32_speculate.ipynb #3db62e97
+# %% ../nbs/32_speculate.ipynb #5a63abf6
 @patch
 def _mode(self: SpeculativeEngine) -> int | str: # a draft length, or "lazy"
     "How to make the next step."
     n = self.n; groups = [self.groups[g] for g in self.group[:n].unique().tolist()]; most = int((self.limit[:n] - self.count[:n]).max()) - 1
-    if (self.forced[:n, 0] >= 0).any() or self.processors or any(e.map for e in self.experts) or any(s.repetition_penalty != 1 for s in groups): return 0  # a processor must see the text so far
+    if self.forcing or self.processors or any(e.map for e in self.experts) or any(s.repetition_penalty != 1 for s in groups): return 0  # a processor must see the text so far
     lazy = self.guidance.lazy and not any(s.temperature for s in groups)
     if self.draft == "lazy": return "lazy" if lazy else 0
     if self.draft != "auto": return max(0, min(most, self.draft))
@@ -253,7 +254,7 @@ def _advance(self: SpeculativeEngine):
 def _plain(self: SpeculativeEngine):
     "One token a row, watching what the drafter and the bound would have done."
     n = self.n; super(SpeculativeEngine, self)._advance()
-    if not (self.forced[:n, 0] >= 0).any(): self._learn(self.hits, torch.ones(n, dtype=torch.long))
+    if not self.forcing: self._learn(self.hits, torch.ones(n, dtype=torch.long))
     if self.guidance.lazy: self.unsure[:n] = .9 * self.unsure[:n] + .1 * (~settled(self._seen.float(), self.guidance.bound)).cpu()
 
 @patch

@@ -1,0 +1,195 @@
+#!/usr/bin/env python3
+"""Tokens per second of aligned decoding, every way side by side: base alone, logits processors, and tita's engine plain, lazy, drafting and auto.
+
+    python scripts/bench_decode.py                                      the embedded pair on this machine
+    python scripts/bench_decode.py --batch 1,8,32 --prompt 64,640 --new 32,256 --dtype bfloat16
+    python scripts/bench_decode.py --shape 7b/1.4b --device cuda --acceptance 0.8     random weights of that shape
+
+The ways take turns in every round; a way's figure is the median over rounds of its ratio (tokens a second) to the base's own greedy `generate` in that round.
+By default scenes are described and answers end where they end. With --prompt N the question is repeated up to N tokens and the answer has
+exactly --new tokens: beyond what the embedded models learned, so acceptance there says little. Random weights agree on nothing: with --acceptance drafts are
+accepted at that rate by lot, and the table says so.
+"""
+import argparse, json, statistics, time
+
+import torch
+from tita.core import TitaError, cli, run_info, write_json
+from tita.decode import AlignedDecoder, Row
+from tita.hf import AlignedLogitsProcessor
+from tita.models import chat_prompt
+from tita.speculate import Pace, SpeculativeEngine, expected_tokens
+
+# hidden, layers, heads, key-value heads, feed-forward; vocabularies as in LLaVA-1.5
+SHAPES = {"tiny": (64, 4, 4, 4, 160), "small": (256, 8, 4, 4, 640), "1.4b": (2048, 22, 32, 4, 5632), "3b": (2560, 32, 32, 32, 6912), "7b": (4096, 32, 32, 32, 11008), "13b": (5120, 40, 40, 40, 13824)}
+
+
+def random_model(shape: str, like, device: str, dtype, vocab: int):
+    "A LLaVA of a shape, with random weights and the world's small tower."
+    from transformers import AutoModelForImageTextToText, LlavaConfig
+    if shape not in SHAPES: raise TitaError(f"shape {shape!r} is not known; use two of {', '.join(SHAPES)}, as in 7b/1.4b")
+    hidden, layers, heads, kv, ff = SHAPES[shape]; config = LlavaConfig(**like.config.to_dict()); t = config.text_config
+    t.hidden_size, t.num_hidden_layers, t.num_attention_heads, t.num_key_value_heads, t.intermediate_size, t.head_dim, t.vocab_size, t.max_position_embeddings = hidden, layers, heads, kv, ff, hidden // heads, vocab, 4096
+    with torch.device(device): return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+
+
+def load(args):
+    "Base, reward, reference and processor, in the order and type that was asked for."
+    from tita.world import load_models, tiny_pair
+    dtype = getattr(torch, args.dtype)
+    if args.shape:
+        base, _, processor = tiny_pair(); torch.manual_seed(0); names = args.shape.split("/")
+        if len(names) != 2: raise TitaError(f"--shape {args.shape}: give base and reward, as in 7b/1.4b")
+        models = [random_model(n, base, args.device, dtype, args.vocab) for n in (*names, names[1])]
+    else:
+        base, before, processor = load_models(args.seed)
+        from transformers import AutoModelForImageTextToText
+        after = AutoModelForImageTextToText.from_pretrained(args.reward, dtype=torch.float32).eval() if args.reward else before
+        models = [m.to(args.device, dtype) for m in (base, after, before)]
+    for m in models: m.config.text_config.max_position_embeddings = 4096
+    return models, processor
+
+
+class FullPrefix(AlignedLogitsProcessor):
+    "The textbook processor: every model over the whole text at every step."
+    def __call__(self, input_ids, scores):
+        x = {k: v for k, v in self.inputs.items() if k in ("pixel_values", "attention_mask")}; mask = x.get("attention_mask")
+        if mask is not None: x["attention_mask"] = torch.nn.functional.pad(mask, (0, input_ids.shape[1] - mask.shape[1]), value=1)
+        logits = [e.core(input_ids=input_ids, **x, logits_to_keep=1).logits[:, -1] for e in self.decoder.experts[1:]]; k = self.decoder.n_rewards
+        return self.decoder.guidance(scores, logits[:k], logits[k:])[0]
+
+
+class ByLot(SpeculativeEngine):
+    "Drafts are accepted by lot, at a given rate: for weights that agree on nothing."
+    rate_by_lot = .8
+    def _pick(self, scores, drafted, a, b, proposals=None):
+        tokens = super()._pick(scores, drafted, a, b, proposals)
+        lot = torch.rand(tokens.shape) < self.rate_by_lot; self.hits = lot
+        return tokens if proposals is None else torch.where(lot, proposals.cpu(), (proposals.cpu() + 1) % self.vocab)
+
+
+def questions(processor, scenes, tokens: int) -> list:
+    "Pairs of image and question, whose prompts have about so many tokens (0: as they are)."
+    out, q = [], "Describe the image."
+    if not tokens: return [(s.image, q) for s in scenes]
+    for s in scenes:
+        size = lambda q: len(processor(text=chat_prompt(processor, q), images=s.image)["input_ids"][0])
+        one, first = size(q + " " + q) - size(q), size(q); out.append((s.image, " ".join([q] * (1 + max(0, round((tokens - first) / one))))))
+    return out
+
+
+def clock(device: str, cpu: bool):
+    "Seconds so far: of this process's processor time, or of the wall."
+    if device.startswith("cuda"): torch.cuda.synchronize()
+    return time.process_time() if cpu else time.perf_counter()
+
+
+def engine_run(dec, pairs, new: int, draft, by_lot: float | None, eos=None):
+    "Run the engine; what it counted."
+    if by_lot is not None and draft != 0: ByLot.rate_by_lot = by_lot; e = ByLot(dec.experts, dec.encoders, dec.guidance, len(pairs), dec.n_rewards, 0, (), .25, dec.leader, draft=draft, pace=dec.pace)
+    else: e = dec.engine(len(pairs), draft=draft)
+    e.submit([Row(i, q, [im], dec._sampling(eos=eos, max_new_tokens=new), 0) for i, (im, q) in enumerate(pairs)])
+    while e.busy: e.step()
+    return e
+
+
+def ways(dec, alone, processor, pairs, new: int, forced: bool, args) -> dict:
+    "Name -> a function that decodes one batch and returns (tokens, engine or None)."
+    def inputs():
+        x = processor(text=[chat_prompt(processor, q) for _, q in pairs], images=[im for im, _ in pairs], return_tensors="pt", padding=True).to(args.device)
+        x["pixel_values"] = x["pixel_values"].to(dec.base.dtype); return x
+    def generate(Processor=None):
+        x = inputs(); more = {} if Processor is None else dict(logits_processor=[Processor(dec, x)])
+        out = dec.base.generate(**x, max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None if forced else 2, **more)[:, x["input_ids"].shape[1]:]
+        return int((out != 0).sum()) if not forced else out.numel(), None
+    def ours(d, draft, by_lot=None): e = engine_run(d, pairs, new, draft, by_lot, () if forced else (2,)); return e.produced, e
+    out = {"base only": generate, "cached processor": lambda: generate(AlignedLogitsProcessor), "ours, base only": lambda: ours(alone, 0)}
+    if inputs()["input_ids"].numel() * new <= args.full_prefix: out["full-prefix processor"] = lambda: generate(FullPrefix)
+    for draft in (0, *(["lazy"] if dec.guidance.lazy else ()), *args.drafts, "auto"): out[f"ours, draft {draft}" if draft != "lazy" else "ours, lazy"] = lambda draft=draft: ours(dec, draft, args.acceptance)
+    return out
+
+
+def weights(e) -> int: "Bytes of an expert's decoder and head."; return sum(p.numel() * p.element_size() for p in e.core.get_decoder().parameters()) + e.head.weight.numel() * e.head.weight.element_size()
+
+def counted(engines: list) -> dict:
+    "What engines' runs say beside their time."
+    total = lambda k: sum(getattr(e, k, 0) for e in engines); tokens = max(1, total("produced"))
+    out = dict(base_forwards_per_token=sum(e.experts[0].positions and e.experts[0].forwards * e.slots for e in engines) / tokens, bytes_per_token=sum(x.forwards * weights(x) for e in engines for x in e.experts) / tokens)
+    if total("drafted"): out["acceptance"] = total("accepted") / total("drafted")
+    if total("answered"): out["unsure"] = total("asked") / total("answered")
+    return out
+
+
+def case(dec, alone, processor, scenes, batch: int, prompt: int, new: int, args) -> dict:
+    "All ways in turn; medians of the ratios to the base's own generate."
+    pairs = questions(processor, scenes, prompt)[:batch if prompt else max(batch, args.scenes // batch * batch)]
+    parts = [ways(dec, alone, processor, pairs[i:i + batch], new, bool(prompt), args) for i in range(0, len(pairs), batch)]; speeds, last = {n: [] for n in parts[0]}, {}
+    for f in parts[0].values(): f()
+    for _ in range(args.rounds):
+        for n in speeds:
+            t = clock(args.device, args.cpu_time); runs = [p[n]() for p in parts]; speeds[n].append(sum(r[0] for r in runs) / (clock(args.device, args.cpu_time) - t)); last[n] = runs
+    rows = {n: dict(tokens_per_s=statistics.median(s), ratio=statistics.median(x / b for b, x in zip(speeds["base only"], s)), **(counted([e for _, e in last[n]]) if n.startswith("ours") else {})) for n, s in speeds.items()}
+    plain = rows["ours, draft 0"]["ratio"]; a = args.acceptance if args.acceptance is not None else dec.pace.get("rate", .7)
+    for k in args.drafts: rows[f"ours, draft {k}"]["predicted"] = plain * float(expected_tokens(torch.tensor([a]), torch.tensor([k]))[0, 0]) / (1 + Pace(dec.pace).slope(batch) * k)
+    return dict(batch=batch, prompt=prompt, new=new, ways=rows)
+
+
+def wide_pair(device, dtype):
+    "A tiny base whose images are 576 tokens, as LLaVA-1.5's are, and its processor."
+    from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from tita.world import tiny_pair
+    base, _, processor = tiny_pair(); config = LlavaConfig(**base.config.to_dict()); v, t = config.vision_config, config.text_config
+    v.image_size, v.patch_size, config.image_seq_length, t.max_position_embeddings = 96, 4, 576, 4096; torch.manual_seed(0)
+    images = CLIPImageProcessorPil(size={"height": 96, "width": 96}, do_center_crop=False)
+    return LlavaForConditionalGeneration(config).eval().to(device, dtype), LlavaProcessor(images, processor.tokenizer, patch_size=4, vision_feature_select_strategy="default", chat_template=processor.chat_template, image_token="<image>", num_additional_image_tokens=1)
+
+
+def six_questions(scenes, args) -> dict:
+    "Rows per second of six questions about one image of 576 tokens, together and one by one."
+    model, processor = wide_pair(args.device, getattr(torch, args.dtype)); dec = AlignedDecoder(model, processor=processor); seconds = {"together": [], "one by one": []}
+    rows = [(scenes[0].image, f"{q} is there in the image? " * 5) for q in ("What", "Is a ball", "How many cup icons", "What color", "Describe what", "Is a house")]
+    tokens = len(processor(text=chat_prompt(processor, rows[0][1]), images=rows[0][0])["input_ids"][0])
+    for _ in range(args.rounds + 1):
+        for name, parts in (("together", [rows]), ("one by one", [[r] for r in rows])):
+            t = clock(args.device, args.cpu_time)
+            for part in parts: engine_run(dec, part, 2, 0, None)
+            seconds[name].append(clock(args.device, args.cpu_time) - t)
+    return dict(prompt=tokens, **{f"rows_per_s_{n.replace(' ', '_')}": 6 / statistics.median(s[1:]) for n, s in seconds.items()}, ratio=statistics.median(b / a for a, b in zip(seconds["together"][1:], seconds["one by one"][1:])))
+
+
+def show(c: dict, by_lot):
+    "One case as a table."
+    print(f"\nbatch {c['batch']}, " + (f"prompt of {c['prompt']}, {c['new']} new tokens" if c["prompt"] else f"descriptions, at most {c['new']} tokens") + (f", drafts accepted by lot at {by_lot}" if by_lot is not None else ""))
+    print(f"{'':24}{'tokens/s':>10}{'ratio':>8}{'accepted':>10}{'unsure':>8}{'base fwd/token':>16}{'MB/token':>10}{'predicted':>11}")
+    for n, r in c["ways"].items():
+        f = lambda k, form, scale=1: format(r[k] * scale, form) if k in r else ""
+        print(f"{n:24}{r['tokens_per_s']:10.1f}{r['ratio']:8.2f}{f('acceptance', '.0%'):>10}{f('unsure', '.0%'):>8}{f('base_forwards_per_token', '.2f'):>16}{f('bytes_per_token', '.2f', 1e-6):>10}{f('predicted', '.2f'):>11}")
+
+
+def parse() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); numbers = lambda s: [int(x) for x in s.split(",") if x]
+    p.add_argument("--batch", type=numbers, default=[1], help="rows at once, as in 1,8,32"); p.add_argument("--prompt", type=numbers, default=[0], help="prompt tokens, as in 64,640; 0 is the question as it is")
+    p.add_argument("--new", type=numbers, default=[64], help="new tokens, as in 32,256"); p.add_argument("--drafts", type=numbers, default=[2, 4], help="draft lengths, beside 0 and auto")
+    p.add_argument("--seed", type=int, default=0, help="which embedded pair"); p.add_argument("--reward", help="folder of a trained reward; its reference is then the embedded one (form ratio)")
+    p.add_argument("--form", help="interpolate, ratio, arm [ratio with --reward or --shape, else interpolate]"); p.add_argument("--lam", type=float, default=.6); p.add_argument("--bound", type=float, default=1., help="nats, 0 for none")
+    p.add_argument("--shape", help="random weights instead, base/reward, of " + ", ".join(SHAPES)); p.add_argument("--vocab", type=int, default=32064, help="of those"); p.add_argument("--acceptance", type=float, help="accept drafts by lot at this rate")
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"]); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu"); p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--rounds", type=int, default=5); p.add_argument("--scenes", type=int, default=8, help="how many are described"); p.add_argument("--full-prefix", type=int, default=20000, help="the textbook processor only where rows x prompt x new tokens are at most this")
+    p.add_argument("--cpu-time", action="store_true", help="processor time instead of the wall's: for a machine that is busy with other things"); p.add_argument("--out", help="JSON file for the figures")
+    return p.parse_args()
+
+
+@cli
+def main():
+    args = parse(); torch.set_num_threads(args.threads)
+    from tita.world import make_scenes
+    (base, reward, ref), processor = load(args); scenes = make_scenes(max(args.batch + [args.scenes]), seed=99)
+    form = args.form or ("ratio" if args.reward or args.shape else "interpolate")
+    dec = AlignedDecoder(base, reward, processor, ref if form == "ratio" else None, form=form, lam=args.lam, bound=args.bound or None); result = dict(cases=[], **run_info(), args=vars(args))
+    for batch in args.batch:
+        for prompt in args.prompt:
+            for new in args.new: result["cases"].append(case(dec, dec.alone(), processor, scenes, batch, prompt, new, args)); show(result["cases"][-1], args.acceptance)
+    result["six_questions"] = six_questions(scenes, args); print("\nsix questions about one image:", json.dumps(result["six_questions"]))
+    if args.out: write_json(args.out, result)
+
+
+if __name__ == "__main__": main()
