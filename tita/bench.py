@@ -230,8 +230,8 @@ BaseUrl = _opt(str, "any OpenAI-compatible server, for instance http://localhost
 KeyEnv, ApiKey = _opt(str, "environment variable that holds the key"), _opt(str, "the key itself; shows in the process list, better use a variable")
 Providers = _opt(Path, "provider file of your own, laid over data/providers.toml")
 
-# %% ../nbs/64_bench.ipynb #4f6195d0
-Concurrency = _opt(int, "most requests at once [default: 8, with --rate 512]")
+# %% ../nbs/64_bench.ipynb #c3ae9d97
+Concurrency = _opt(int, "most requests at once (8, or 512 with --rate)")
 Rate = _opt(float, "requests arrive by the clock (Poisson), so many a second")
 MaxRps = _opt(float, "never more requests a second than this, retries included")
 Sweep = _opt(str, "ask everything at each concurrency, for instance 1,2,4,8,16")
