@@ -181,3 +181,57 @@ def test_killed_and_resumed_equals_undisturbed(folder):
     one, other = weights(folder / "whole"), weights(folder / "killed")
     for name in one: torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-7)
     code, text = finish(start(flags(folder, "killed", *many, "--resume"))); assert code == 0, text  # finished: nothing to do
+
+
+def test_command_line_tells_mistakes(folder, capsys):
+    "One line each, exit code 2, no traceback."
+    from tita.train import main
+    (folder / "no_image.jsonl").write_text('{"prompt": "?", "chosen": "a", "rejected": "b"}\n'); (folder / "empty.jsonl").write_text("")
+    (folder / "equal.jsonl").write_text('{"image": "0.png", "prompt": "?", "chosen": "a", "rejected": "a"}\n')
+    (folder / "text.jsonl").write_text('{"image": "none.png", "prompt": "?", "chosen": "a", "rejected": "b"}\n'); (folder / "images" / "none.png").write_text("no image")
+    text_only = folder / "text_only"; tiny_llava()[1].save_pretrained(text_only)
+    from transformers import LlamaConfig, LlamaForCausalLM
+    LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(text_only)
+    cases = {("--pairs", folder / "no_image.jsonl"): "no_image.jsonl:1: no image", ("--pairs", folder / "empty.jsonl"): "no pairs", ("--pairs", folder / "equal.jsonl"): "chosen and rejected are equal",
+        ("--pairs", folder / "text.jsonl"): "none.png: not an image", ("--model_name_or_path", text_only): "text_only", ("--model_name_or_path", folder / "images"): "no processor here",
+        ("--learning_rat", "1"): "learning_rat", ("--max_length", "30"): "24 of 24 rows are longer than 30 tokens", ("--loss_type", "sigmoid", "--loss_weights", "1", "2"): "loss_weights", ("--attn_implementation", "flash_attention_2"): "flash"}
+    for i, (flag, why) in enumerate(cases.items()):
+        with pytest.raises(SystemExit) as exit: main(flags(folder, f"bad{i}", *flag))
+        text = capsys.readouterr().err
+        assert exit.value.code == 2 and why in text and "error: " in text, (flag, text)
+
+
+@pytest.mark.parametrize("mode", ["P", "CMYK", "I;16", "LA", "1"])
+def test_images_of_odd_modes_train(mode, tmp_path):
+    model, processor = tiny_llava()
+    base = Image.new("L", (60, 40), 90)
+    image = {"CMYK": lambda: base.convert("CMYK"), "I;16": lambda: Image.new("I;16", (60, 40), 30000)}.get(mode, lambda: base.convert(mode))()
+    file = tmp_path / f"a.{'jpg' if mode == 'CMYK' else 'png'}"; image.save(file)
+    from tita.train import train_dpo
+    pairs = [dict(image=im, prompt="Is there a ball in the image?", chosen="yes", rejected="no") for im in (str(file), image)]
+    _, history = train_dpo(model, processor, pairs, output_dir=tmp_path / "run", max_steps=1, logging_steps=1, report_to="none", use_cpu=True)
+    assert history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_turned_and_animated_images(tmp_path):
+    "An EXIF rotation is applied, and of an animation the first frame is seen."
+    from tita.images import ImageStore
+    _, processor = tiny_llava(); store = ImageStore(processor)
+    scene = make_scenes(1, seed=8)[0].image; exif = scene.getexif(); exif[0x0112] = 6; scene.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    scene.save(tmp_path / "moving.webp", save_all=True, append_images=[Image.new("RGB", scene.size)], lossless=True)
+    clean, turned, moving = (store.inputs([store.add(x)])["pixel_values"] for x in (scene, str(tmp_path / "turned.png"), str(tmp_path / "moving.webp")))
+    torch.testing.assert_close(turned, clean); torch.testing.assert_close(moving, clean)
+
+
+def test_no_space_left(folder, tmp_path):
+    "On a small file system: a clear error, and what is left is not taken for a checkpoint."
+    small = tmp_path / "small"; small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", small], capture_output=True).returncode: pytest.skip("needs the right to mount")
+    try:
+        argv = flags(folder, "unused", "--save_steps", 1, "--max_steps", 4); argv[argv.index("--output_dir") + 1] = str(small / "run")
+        code, text = finish(start(argv))
+        assert code == 2 and "no space left" in text and "Traceback" not in text, text[-3000:]
+        from tita.train import last_checkpoint
+        assert last_checkpoint(small / "run") is None or Path(last_checkpoint(small / "run"), "model.safetensors").stat().st_size > 1e6
+        assert not (small / "run" / "metrics.json").exists()
+    finally: subprocess.run(["umount", small])

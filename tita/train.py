@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'USAGE', 'V1', 'read_pairs', 'configure', 'mark_whole', 'last_checkpoint', 'claim_run', 'show_progress',
-           'dress', 'model_card', 'summary', 'finish_run', 'plain_model', 'load_run', 'check_deepspeed', 'run_trainer',
-           'sources_of', 'data_hash', 'train_dpo', 'train_sft', 'train_distill', 'DataOptions', 'parse', 'lora',
-           'load_parts', 'run', 'main']
+           'dress', 'model_card', 'summary', 'finish_run', 'plain_model', 'load_run', 'check_deepspeed', 'reshard',
+           'told_if_full', 'run_trainer', 'sources_of', 'data_hash', 'train_dpo', 'train_sft', 'train_distill',
+           'DataOptions', 'parse', 'lora', 'load_parts', 'run', 'main']
 
-# %% ../nbs/22_train.ipynb #07d1d721
-import contextlib, dataclasses, difflib, json, os, shutil, sys, time, warnings
+# %% ../nbs/22_train.ipynb #bf76b496
+import argparse, contextlib, dataclasses, difflib, errno, io, json, os, shutil, sys, time, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from .core import TitaError, cli, image_path, iter_jsonl, prepare_output, progress, read_jsonl, run_info, seed_for, stable_hash, write_json, write_text
 
-# %% ../nbs/22_train.ipynb #b3d6741f
+# %% ../nbs/22_train.ipynb #e911562d
 _WORDS = {"question": "prompt", "text": "prompt", "reject": "rejected", "image_id": "image"}
 
 def _pair(row: dict, root, where: str, answers) -> dict:
@@ -28,7 +28,18 @@ def _pair(row: dict, root, where: str, answers) -> dict:
     try: return row | {"image": str(image_path(root, row["image"]))}
     except TitaError as e: raise TitaError(f"{where}: {e}") from None
 
-# %% ../nbs/22_train.ipynb #5115561b
+def _numbered(file):
+    "Rows of a file with their places: JSON Lines, or one JSON array as SeVa writes it."
+    if not Path(file).is_file(): raise TitaError(f"{file}: no such file; check the path")
+    with open(file, encoding="utf-8", errors="replace") as f: array = f.read(64).lstrip("\ufeff \t\r\n").startswith("[")
+    if not array: yield from iter_jsonl(file); return
+    try: rows = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except ValueError as e: raise TitaError(f"{file}: not JSON ({e}); mend the file") from None
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict): raise TitaError(f"{file}[{i}]: a row is a JSON object, this is a {type(row).__name__}")
+        yield i, row
+
+# %% ../nbs/22_train.ipynb #4399bf32
 def read_pairs(
     pairs, # rows, or a JSON Lines file, or several
     images=None, # folder of the images, or one for each file
@@ -40,7 +51,7 @@ def read_pairs(
     roots = [images] * len(files) if images is None or isinstance(images, (str, Path)) else list(images)
     roots = roots * len(files) if len(roots) == 1 else roots
     if len(roots) != len(files): raise TitaError(f"{len(files)} files of pairs but {len(roots)} image folders; give one folder, or one for each file")
-    rows = [_pair(r, root, f"{file}:{n}", answers) for file, root in zip(files, roots) for n, r in iter_jsonl(file)]
+    rows = [_pair(r, root, f"{file}:{n}", answers) for file, root in zip(files, roots) for n, r in _numbered(file)]
     if not rows: raise TitaError(f"{', '.join(map(str, files))}: no pairs; check what made the file")
     return rows
 
@@ -220,7 +231,38 @@ def check_deepspeed(
     if args.deepspeed and offload and getattr(args, "projector_lr", None) is not None:
         raise TitaError(f"{args.deepspeed} brings its own optimizer, which has one learning rate; drop --projector_lr, or use scripts/deepspeed/zero3.json")
 
-# %% ../nbs/22_train.ipynb #7dee2b29
+# %% ../nbs/22_train.ipynb #959a6105
+def reshard(
+    checkpoint: str|Path, # a DeepSpeed checkpoint
+    processes: int, # how many will load it
+) -> bool: # was it made by another number?
+    "Write the universal form of a checkpoint beside it if another number of processes is to load it."
+    checkpoint = Path(checkpoint)
+    if not (checkpoint/"latest").exists(): return False
+    tag = (checkpoint/"latest").read_text().strip(); target = checkpoint/f"{tag}_universal"
+    if len(list((checkpoint/tag).glob("*_optim_states.pt"))) == processes: return False
+    if int(os.environ.get("RANK", 0)) == 0 and not (checkpoint/"latest_universal").exists():
+        from deepspeed.checkpoint.ds_to_universal import main as convert
+        shutil.rmtree(target, ignore_errors=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            convert(argparse.Namespace(input_folder=str(checkpoint/tag), output_folder=str(target), num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True))
+        write_text(checkpoint/"latest_universal", target.name)
+    _barrier()
+    return True
+
+# %% ../nbs/22_train.ipynb #5342c7c4
+@contextlib.contextmanager
+def told_if_full(
+    out: Path, # where something is written
+):
+    "Turn any library's complaint about a full disk into one that says what to do."
+    try: yield
+    except Exception as e:
+        full = any(w in str(e) for w in ("No space left", "os error 28", "PytorchStreamWriter failed", "Errno 28")) or getattr(e, "errno", None) == errno.ENOSPC
+        if not full: raise
+        raise TitaError(f"no space left on the disk while writing to {out}; free some (or lower --save_total_limit), and run the same command with --resume") from None
+
+# %% ../nbs/22_train.ipynb #9996efad
 def run_trainer(
     build, # makes the trainer
     out: Path, # the run's folder
@@ -234,15 +276,17 @@ def run_trainer(
 ): # the trained model, and the metrics
     "Build, train, save."
     start = time.time()
-    with _quiet():
+    with _quiet(), told_if_full(out):
         trainer = build(); dress(trainer, method.upper(), callbacks)
         ds = (json.loads(Path(trainer.args.deepspeed).read_text()) if isinstance(trainer.args.deepspeed, str) else trainer.args.deepspeed) or {}
         check_deepspeed(trainer.args, trainer.is_deepspeed_enabled, "optimizer" in ds)
         more = {"before": measure(trainer)} if measure else {}
-        trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
+        last = last_checkpoint(out) if resume else None
+        if last and trainer.is_deepspeed_enabled and reshard(last, trainer.args.world_size): trainer.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+        trainer.train(resume_from_checkpoint=last)
         if measure: more["after"] = measure(trainer)
     data = dict(rows=len(trainer.train_dataset), images=len(trainer.store), dropped=given - len(trainer.train_dataset), sources=sources)
-    metrics = finish_run(trainer, processor, method, data, time.time() - start, more)
+    with told_if_full(out): metrics = finish_run(trainer, processor, method, data, time.time() - start, more)
     return plain_model(trainer), metrics
 
 def sources_of(rows) -> dict:
@@ -341,7 +385,7 @@ class DataOptions:
     resume: bool = field(default=False, metadata={"help": "Go on from the last whole checkpoint of output_dir."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what is in output_dir."})
 
-# %% ../nbs/22_train.ipynb #e7b92d7f
+# %% ../nbs/22_train.ipynb #4fb6c588
 METHODS = {"dpo": "preference pairs, on trees of shared prefixes", "sft": "completions: standard, rejection-sampling and SteerLM sets", "distill": "the base's distribution, before DPO"}
 USAGE = "usage: tita-train {dpo,sft,distill} [--config FILE.yaml] [--FIELD VALUE ...]\n\n" + "\n".join(f"  {k:8} {v}" for k, v in METHODS.items()) + "\n\ntita-train METHOD --help lists all fields."
 
@@ -360,6 +404,7 @@ def parse(
     try: data, args, model = parser.parse_args_and_config(list(argv))
     except FileNotFoundError as e: raise TitaError(f"{e.filename}: no such configuration file") from None
     except ValueError as e: raise TitaError(str(e)) from None
+    if "flash" in (model.attn_implementation or ""): raise TitaError(f"--attn_implementation {model.attn_implementation}: FlashAttention takes no mask of a tree; leave it out (sdpa), or take flex_attention on a GPU")
     if not model.model_name_or_path: raise TitaError("--model_name_or_path is missing: the model to train, a folder or a hub name")
     if not data.pairs: raise TitaError("--pairs is missing: one or several JSON Lines files")
     if method == "distill" and not data.base: raise TitaError("--base is missing: the model to approximate, a folder or a hub name")
@@ -401,7 +446,7 @@ def load_parts(data, args, options) -> tuple:
     if is_deepspeed_zero3_enabled(): more["tp_plan"] = None  # its parts are placed by DeepSpeed
     return load_vlm(options.model_name_or_path, options.dtype, device="cpu", **more), processor
 
-# %% ../nbs/22_train.ipynb #e24c4774
+# %% ../nbs/22_train.ipynb #41a5420f
 def run(method: str, argv: list):
     "One `tita-train` command."
     data, args, options = parse(method, argv)
@@ -421,6 +466,7 @@ def run(method: str, argv: list):
 def main(argv: list=None):
     "Entry point of `tita-train`."
     argv = sys.argv[1:] if argv is None else list(argv)
+    if int(os.environ.get("RANK", 0)): os.environ["TITA_PROGRESS"] = "0"
     if not argv or argv[0] in ("-h", "--help"): print(USAGE); return
     if argv[0] not in METHODS: raise TitaError(f"no method {argv[0]!r}; choose one of {', '.join(METHODS)}")
     run(argv[0], argv[1:])
