@@ -205,7 +205,7 @@ def test_no_row_is_lost_to_a_bad_judge(world, tmp_path, monkeypatch):
     rows = [dict(question_id=q, image=f"{q % 5}.png", text="Is this forbidden?" if q == 11 else "Describe the image.", view="clean", sample=s, answer="a cup " * (s + 1) + str(q)) for q in range(24) for s in range(4)]
     (tmp_path/"answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with judge(.6) as url:
-        run = ["annotate", tmp_path/"answers.jsonl", "--images", world/"images", "--out", tmp_path/"scores.jsonl", "--model", "judge", "--base-url", url, "--retries", 2]
+        run = ["annotate", tmp_path/"answers.jsonl", "--images", world/"images", "--out", tmp_path/"scores.jsonl", "--model", "judge", "--base-url", url, "--retries", 3, "--pause", .01]
         p = start(*run, OPENAI_API_KEY=CANARY)
         while len(rows_of(tmp_path/"scores.jsonl")) < 4 and p.poll() is None: time.sleep(.01)
         p.send_signal(signal.SIGKILL); p.communicate(); scores = tmp_path/"scores.jsonl"

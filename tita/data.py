@@ -162,7 +162,7 @@ def generate_command(
     finish(count, out)
     if left_out: raise typer.Exit(1)
 
-# %% ../nbs/15_data.ipynb #6850778c
+# %% ../nbs/15_data.ipynb #5d50ed6a
 def load_answers(
     files: list[str], # paths, or VIEW=PATH for files that do not say the view
 ) -> list[dict]: # answer rows of all of them
@@ -177,13 +177,14 @@ def load_answers(
 @cli
 def annotate_command(
     answers: _arg(list[str], "answer files with several answers to each question"), images: Images, out: Out, model: _opt(str, "the judge, as the server calls it"),
-    base_url: BaseUrl, key_env: KeyEnv = "OPENAI_API_KEY", concurrency: Concurrency = 8, retries: _opt(int, "tries after the first", min=0) = 5, seed: Seed = 0,
+    base_url: BaseUrl, key_env: KeyEnv = "OPENAI_API_KEY", concurrency: Concurrency = 8, retries: _opt(int, "tries after the first", min=0) = 5, pause: _opt(float, "seconds before the second try, doubled before each further one", min=0.) = 1.,
+    seed: Seed = 0,
 ):
     "Have a judge score answers from 0 to 4 on helpfulness, correctness, coherence, complexity, verbosity."
     from tita.annotate import JUDGE, JudgeEngine, annotation_tasks
     from tita.core import stable_hash
     from tita.generate import Endpoint, run_engine
-    tasks = annotation_tasks(load_answers(answers)); judge = JudgeEngine(Endpoint(base_url, model, key_env, concurrency, retries=retries), images, seed)
+    tasks = annotation_tasks(load_answers(answers)); judge = JudgeEngine(Endpoint(base_url, model, key_env, concurrency, retries=retries), images, seed, pause=pause)
     finish(run_engine(judge, tasks, out, {"judge": model, "seed": seed, "prompt": stable_hash(JUDGE)}), out)
 
 # %% ../nbs/15_data.ipynb #e800b14d

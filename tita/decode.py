@@ -718,7 +718,7 @@ def _widen(self: Engine, width: int):
     for name in ("tokens", "base_tokens", "forced"): setattr(self, name, F.pad(getattr(self, name), (0, more), value=-1))
     self.rewards = F.pad(self.rewards, (0, more))
 
-# %% ../nbs/31_decode.ipynb #e3bc3a60
+# %% ../nbs/31_decode.ipynb #0b331389
 @patch
 def _common(self: Engine, logits: list[Tensor]) -> list[Tensor]: # each (..., V) on the base's device
     "Logits over the tokens that all models have."
@@ -754,6 +754,7 @@ def _couples(self: Engine, s: Sampling) -> bool:
     "Whether rows with these settings draw in two stages: their processors must not look at the text so far."
     return bool(s.temperature and self.n_rewards and s.repetition_penalty == 1 and not self.processors)
 
+# %% ../nbs/31_decode.ipynb #e3bc3a60
 @patch
 def _greedy(self: Engine) -> bool: "Whether no row draws, and none has its scores changed."; return not self.processors and all(not s.temperature and s.repetition_penalty == 1 for s in self.groups)
 
@@ -889,7 +890,7 @@ def _advance(self: Engine):
         logits.append(e.forward(e.cache, slice(0, n), tokens, e.lens[:n], at=q - 1, delta=e.delta[:n] if e.mrope else 0)); e.lens[:n] += q
     self._choose(0, n, logits)
 
-# %% ../nbs/31_decode.ipynb #683b8e5c
+# %% ../nbs/31_decode.ipynb #80a4667c
 def _load(model, dtype, device): return load_vlm(model, dtype=dtype, device=device) if isinstance(model, (str, Path)) else model
 def _list(x): return [] if x is None else list(x) if isinstance(x, (list, tuple)) else [x]
 def _has_adapter(model) -> bool: return hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
@@ -909,6 +910,7 @@ def _token_map(base, reward) -> TokenMap | None:
     warnings.warn(f"base and reward have different tokenizers; {token_map.share:.0%} of the base's tokens are mapped, about the others the reward has nothing to say", stacklevel=3)
     return token_map
 
+# %% ../nbs/31_decode.ipynb #683b8e5c
 class AlignedDecoder:
     "A frozen base, guided by reward models while it decodes. Raises `TitaError` for models or settings that do not fit together."
     def __init__(self,

@@ -555,7 +555,7 @@ class EndpointEngine:
             if getattr(err, "fatal", False): raise err
             yield ([row], []) if err is None else ([], [error_row(task, str(err))])
 
-# %% ../nbs/12_generate.ipynb #0f041895
+# %% ../nbs/12_generate.ipynb #e7b530ff
 class Answerer:
     "What an actor does: load the model once, then answer chunks of tasks."
     def __init__(self, model: str, images: str, settings: dict):
@@ -588,7 +588,9 @@ class RayEngine:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try: import ray.data
         except ImportError: raise TitaError("engine ray is an extra; pip install 'tita[ray]', or use engine transformers") from None
-        if started := not ray.is_initialized(): ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            if started := not ray.is_initialized(): ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        except Exception as e: raise TitaError(f"Ray does not start ({str(e).splitlines()[0] if str(e) else type(e).__name__}); is the machine overloaded, or a cluster meant (RAY_ADDRESS)?") from None
         ray.data.DataContext.get_current().enable_progress_bars = False
         for name in "ray.data", "ray.data._internal": logging.getLogger(name).setLevel("ERROR")
         chunks = [{"tasks": c} for c in self.chunks(tasks)]

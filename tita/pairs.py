@@ -348,7 +348,7 @@ def card(
     return CARD.format(**d | {"sources": ", ".join(f"{k} ({v})" for k, v in d["sources"].items())}, **d["mean_words"], model=model, seed=seed, time=run["time"],
         commit=run["commit"] or "unknown", report=json.dumps(report), files=files)
 
-# %% ../nbs/13_pairs.ipynb #4440a36d
+# %% ../nbs/13_pairs.ipynb #9f10d8c7
 FORMATS = {"jsonl": "`pairs.jsonl`: rows of this package", "seva": "`seva.json`: SeVa's training file", "mllm": "`mllm_dpo.json`: mllm-dpo's training file",
            "trl": "`trl/`: `datasets.load_from_disk`, for TRL's `DPOTrainer`"}
 
@@ -362,6 +362,7 @@ def save_pairs(
     seed: int | None = None, # of the run
 ) -> Path: # the folder
     "Write a pair set in every format, with its card and pictures."
+    import matplotlib.pyplot as plt
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     if wrong := [f for f in formats if f not in FORMATS]: raise TitaError(f"format {wrong[0]!r} is none of {', '.join(FORMATS)}")
     if not pairs: raise TitaError(f"no pairs are left: {json.dumps(report)}; look at the step that dropped them")
@@ -369,6 +370,6 @@ def save_pairs(
     if "seva" in formats: write_json(folder/"seva.json", list(map(to_seva, pairs)))
     if "mllm" in formats: write_json(folder/"mllm_dpo.json", list(map(to_mllm, pairs)))
     if "trl" in formats: save_trl(pairs, folder/"trl", images)
-    plot_lengths(pairs).savefig(folder/"lengths.png"); plot_examples(pairs, images).savefig(folder/"examples.png")
+    for name, fig in ("lengths", plot_lengths(pairs)), ("examples", plot_examples(pairs, images)): fig.savefig(folder/f"{name}.png"); plt.close(fig)
     write_text(folder/"README.md", card(pairs, report, model, seed, "\n".join(f"- {FORMATS[f]}" for f in formats) + "\n"))
     return folder

@@ -446,7 +446,7 @@ def load_parts(data, args, options) -> tuple:
     if is_deepspeed_zero3_enabled(): more["tp_plan"] = None  # its parts are placed by DeepSpeed
     return load_vlm(options.model_name_or_path, options.dtype, device="cpu", **more), processor
 
-# %% ../nbs/22_train.ipynb #41a5420f
+# %% ../nbs/22_train.ipynb #0fc2124e
 def run(method: str, argv: list):
     "One `tita-train` command."
     data, args, options = parse(method, argv)
@@ -465,7 +465,7 @@ def run(method: str, argv: list):
 @cli
 def main(argv: list=None):
     "Entry point of `tita-train`."
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank=")]  # DeepSpeed's launcher puts it first; LOCAL_RANK says the same
     if int(os.environ.get("RANK", 0)): os.environ["TITA_PROGRESS"] = "0"
     if not argv or argv[0] in ("-h", "--help"): print(USAGE); return
     if argv[0] not in METHODS: raise TitaError(f"no method {argv[0]!r}; choose one of {', '.join(METHODS)}")
