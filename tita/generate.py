@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['answer_key', 'check_questions', 'plan_answers', 'swap_image', 'pick_tokens', 'RowSampler', 'get_image',
-           'encode_images', 'disturb', 'takes_features', 'image_features', 'tokenize_prompts', 'generate_batch',
-           'answer_lengths', 'AnswerLengths', 'attempt', 'encode_each', 'prepare_views', 'what_is_shown', 'LocalEngine',
-           'name_of', 'read_chunks', 'error_row', 'answer_row', 'answer_batch', 'chunk_features', 'answer_chunk',
-           'beside', 'keep_settings', 'run_engine', 'Endpoint', 'explain_api', 'ask', 'concurrently', 'data_url',
-           'message', 'EndpointEngine', 'Answerer', 'RayEngine', 'generate_answers']
+           'encode_images', 'disturb', 'takes_features', 'join_inputs', 'image_features', 'tokenize_prompts',
+           'generate_batch', 'answer_lengths', 'AnswerLengths', 'attempt', 'encode_each', 'prepare_views',
+           'what_is_shown', 'LocalEngine', 'name_of', 'read_chunks', 'error_row', 'answer_row', 'answer_batch', 'fits',
+           'chunk_features', 'answer_chunk', 'beside', 'keep_settings', 'run_engine', 'Endpoint', 'explain_api', 'ask',
+           'concurrently', 'data_url', 'message', 'EndpointEngine', 'Answerer', 'RayEngine', 'generate_answers']
 
 # %% ../nbs/12_generate.ipynb #8ac1eefd
 import asyncio, base64, contextlib, inspect, io, json, logging, os, queue, re, sys, tempfile, threading
@@ -127,23 +127,30 @@ def disturb(
     noised = view.tensor(torch.stack(pixels), seeds) if same else [view.tensor(p[None], [s])[0] for p, s in zip(pixels, seeds)]
     return [e | {"pixel_values": p} for e, p in zip(encoded, noised)]
 
-# %% ../nbs/12_generate.ipynb #1fefa065
+# %% ../nbs/12_generate.ipynb #447bf871
 def takes_features(model) -> bool:
     "Does `generate` accept image features that were computed before?"
     return "mm_encoder_outputs" in inspect.signature(model.forward).parameters and hasattr(model, "get_image_features")
 
+def join_inputs(model, encoded: list[dict]) -> dict:
+    "Model inputs of several images as one, on the model's device and in its type."
+    joined = {k: torch.cat([e[k] for e in encoded]).to(model.device) for k in encoded[0]}
+    return joined | {"pixel_values": joined["pixel_values"].to(model.dtype)}
+
 @torch.inference_mode()
 def image_features(
     model, # see `takes_features`
-    encoded: list[dict], # of images with pixel_values alone and one shape
+    encoded: list[dict], # of images whose tensors can be concatenated
     batch_size: int = 64, # images in one call of the tower
 ) -> list[Tensor]: # (tokens, hidden) for each image
-    "Vision tower and projector, once for each image."
-    features = []
+    "Vision tower and projector, once for each image. Raises `TitaError` for a model whose features are more than one tensor."
+    features, wanted = [], inspect.signature(model.get_image_features).parameters
     for i in range(0, len(encoded), batch_size):
-        pixels = torch.cat([e["pixel_values"] for e in encoded[i:i + batch_size]])
-        out = model.get_image_features(pixel_values=pixels.to(model.device, model.dtype), return_dict=True)
+        inputs = join_inputs(model, encoded[i:i + batch_size])
+        out = model.get_image_features(**{k: v for k, v in inputs.items() if k in wanted}, return_dict=True)
+        if getattr(out, "deepstack_features", None) is not None: raise TitaError("features of several layers; the model has to see the pixels")
         features += list(out.pooler_output)
+    if len(features) != len(encoded): raise TitaError(f"{len(features)} features for {len(encoded)} images")
     return features
 
 # %% ../nbs/12_generate.ipynb #4aa48297
@@ -159,7 +166,7 @@ def tokenize_prompts(
     out = tok(list(unique), padding=True, padding_side="left", return_tensors="pt", add_special_tokens=not (bos and texts[0].startswith(bos)))
     return {k: out[k][rows] for k in ("input_ids", "attention_mask")}
 
-# %% ../nbs/12_generate.ipynb #44990bca
+# %% ../nbs/12_generate.ipynb #942a7d41
 @torch.inference_mode()
 def generate_batch(
     model, # AutoModelForImageTextToText
@@ -172,12 +179,10 @@ def generate_batch(
 ) -> list[tuple]: # for each row the answer, and the number of its tokens
     "Answers to a batch of prompts with one image each, or with none."
     tokens = tokenize_prompts(processor, prompts, encoded); inputs = {k: v.to(model.device) for k, v in tokens.items()}
-    if features is not None: inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tuple(features))}
-    elif encoded[0] is not None:
-        for k in encoded[0]: inputs[k] = torch.cat([e[k] for e in encoded]).to(model.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
-            inputs["mm_token_type_ids"] = torch.tensor(processor.create_mm_token_type_ids(tokens["input_ids"].tolist()), device=model.device)
+    if encoded[0] is not None: inputs |= join_inputs(model, encoded)
+    if features is not None: inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tuple(features))}; del inputs["pixel_values"]
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["mm_token_type_ids"] = torch.tensor(processor.create_mm_token_type_ids(tokens["input_ids"].tolist()), device=model.device)
     pad = processor.tokenizer.pad_token_id
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
         pad_token_id=processor.tokenizer.eos_token_id if pad is None else pad, logits_processor=[sampler] if sampler else None)
@@ -348,13 +353,19 @@ def answer_batch(
     for task, (_, length) in zip(tasks, done): engine.lengths.add(task["text"], length)
     return [answer_row(engine, t, text, length == n) for t, (text, length) in zip(tasks, done)], []
 
-# %% ../nbs/12_generate.ipynb #1c5fbb0e
+# %% ../nbs/12_generate.ipynb #16ad2ff7
+def fits(encoded: dict) -> tuple:
+    "What two images must have in common so that their tensors can be concatenated."
+    return tuple((k, *v.shape[1:]) for k, v in encoded.items())
+
 def chunk_features(engine: LocalEngine, inputs: dict) -> dict:
-    "Image features by what is shown, if the model takes them and all images have one shape and nothing but pixels."
-    kinds = {(tuple(e), tuple(e["pixel_values"].shape)) for e in inputs.values()}
-    if len(kinds) != 1 or not takes_features(engine.model) or next(iter(kinds))[0] != ("pixel_values",): return {}
-    found, why = attempt(image_features, engine.model, list(inputs.values()), engine.batch_size)
-    return {} if why else dict(zip(inputs, found))
+    "Image features by what is shown, as far as the model takes them; what is missing, the model sees as pixels."
+    groups, features = {}, {}
+    for s, e in inputs.items() if takes_features(engine.model) else (): groups.setdefault(fits(e), {})[s] = e
+    for group in groups.values():
+        found, why = attempt(image_features, engine.model, list(group.values()), engine.batch_size)
+        if not why: features |= zip(group, found)
+    return features
 
 def answer_chunk(
     engine: LocalEngine, # who answers
@@ -370,7 +381,7 @@ def answer_chunk(
     for task, s in zip(tasks, shown):
         prompt, why = attempt(engine.prompt, task["text"], bool(s[0])) if s not in failed else (None, failed[s])
         if why: errors.append(error_row(task, why)); continue
-        groups.setdefault(s[0] and tuple(v.shape[1:] for v in inputs[s].values()), []).append((task, s, prompt))
+        groups.setdefault(s[0] and fits(inputs[s]), []).append((task, s, prompt))
     if errors: yield [], errors
     for rows in groups.values():
         for batch in engine.lengths.batches(rows, lambda row: row[0]["text"], engine.batch_size): yield answer_batch(engine, batch, inputs, features)
