@@ -29,6 +29,7 @@ STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.
 
 class Picture(Figure):
     "A matplotlib figure outside pyplot that shows itself in a notebook; `alt` describes it in words."
+    def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs) # as a matplotlib `Figure`
     alt = ""
     def png(self, dpi: int = 150) -> bytes:
         "The figure as a PNG file's bytes."
