@@ -297,3 +297,48 @@ def test_run_notebook_with_a_server(world, tmp_path):
         r = run_notebook(tmp_path, questions=world/"questions.jsonl", images=world/"images", engine="openai", base_url=url, model="m", judge="m", samples=2, judge_questions=10)
         assert r.returncode == 0, r.stdout + r.stderr
     assert json.loads((tmp_path/"metrics.json").read_text())["sets"]["seva"]["report"]["joined"] == 117 and len(rows_of(tmp_path/"scores.jsonl")) > 5
+
+
+## Other models than LLaVA
+
+def llava_next(processor):
+    "Images of several sizes, each in patches of its own number."
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+    tok, grid = processor.tokenizer, [[32, 64], [64, 32], [64, 64]]
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=16, projection_dim=32)
+    text = LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
+    model = LlavaNextForConditionalGeneration(LlavaNextConfig(vision_config=vision, text_config=text, image_token_id=processor.image_token_id, vision_feature_layer=-1, image_grid_pinpoints=grid))
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=grid)
+    return model.eval(), LlavaNextProcessor(images, tok, patch_size=16, vision_feature_select_strategy="default", chat_template=processor.chat_template, image_token="<image>", num_additional_image_tokens=1)
+
+
+def qwen2_vl(processor):
+    "Images as flat patches with a grid; rotary positions in three directions."
+    from types import SimpleNamespace
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    tok, image = processor.tokenizer, processor.image_token_id
+    text = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
+        rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.})
+    vision = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(vision_config=vision, text_config=text, image_token_id=image, video_token_id=3, vision_start_token_id=5, vision_end_token_id=6))
+    # its own processor wants torchvision for videos; this is what generation needs of it
+    return model.eval(), SimpleNamespace(chat_template=processor.chat_template, apply_chat_template=processor.apply_chat_template, tokenizer=tok, batch_decode=tok.batch_decode, image_token="<image>",
+        image_processor=Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112), replace_image_token=lambda inputs, image_idx: "<image>" * int(inputs["image_grid_thw"][image_idx].prod() // 4),
+        create_mm_token_type_ids=lambda rows: [[int(i == image) for i in row] for row in rows])
+
+
+@pytest.mark.parametrize("build", [llava_next, qwen2_vl])
+def test_features_computed_once_answer_like_pixels(build, monkeypatch):
+    import torch
+    from tita import generate as g
+    from tita.world import make_scenes, tiny_processor
+    torch.manual_seed(0); model, processor = build(tiny_processor())
+    images = {f"{i}.png": s.image.resize(size) for i, (s, size) in enumerate(zip(make_scenes(4), ((80, 80), (160, 60), (40, 100), (90, 90))))}
+    questions = [dict(question_id=f"{n}-{k}", image=n, text=t) for n in images for k, t in enumerate(("Is there a boat in the image?", "Describe the image."))]
+    features = g.chunk_features(g.LocalEngine(model, processor, images, sorted(images)), g.prepare_views(processor, images, VIEWS)[0])
+    assert len(features) == 8
+    shared = g.generate_answers(model, processor, questions, images, (*VIEWS, "none"), max_new_tokens=6, batch_size=6)
+    monkeypatch.setattr(g, "takes_features", lambda model: False)
+    assert shared == g.generate_answers(model, processor, questions, images, (*VIEWS, "none"), max_new_tokens=6, batch_size=1) and len(shared) == 24

@@ -74,7 +74,7 @@ def check_command(
     if len(wrong) > most: print(f"... and {len(wrong) - most} more; --max {len(wrong)} shows all")
     if wrong: raise typer.Exit(1)
 
-# %% ../nbs/15_data.ipynb #28a51ee4
+# %% ../nbs/15_data.ipynb #040f9c5b
 ENGINES = "transformers", "openai", "ray"
 
 def model_folder(name: str) -> str:
@@ -86,6 +86,7 @@ def short_name(model: str) -> str:
     "A model's name for files, without the path to its folder."
     return "/".join(Path(model).resolve().parts[-2:]) if Path(model).is_dir() else model
 
+# %% ../nbs/15_data.ipynb #8db53ee9
 def build_engine(
     engine: str, # one of ENGINES
     model: str, # folder, hub name, `world`, or the server's name for it
@@ -100,7 +101,8 @@ def build_engine(
     "Whoever answers. Raises `TitaError` for options that do not fit."
     from tita import generate as g
     if engine not in ENGINES: raise TitaError(f"engine {engine!r} is none of {', '.join(ENGINES)}")
-    if (engine == "openai") != bool(base_url): raise TitaError("engine openai needs --base-url http://HOST:PORT/v1" if engine == "openai" else f"--base-url is for engine openai, not {engine}; give --engine openai or leave it out")
+    if engine == "openai" and not base_url: raise TitaError("engine openai needs --base-url http://HOST:PORT/v1")
+    if engine != "openai" and base_url: raise TitaError(f"--base-url is for engine openai, not {engine}; give --engine openai or leave it out")
     if engine == "openai": return g.EndpointEngine(g.Endpoint(base_url, model, key_env, concurrency), images, names, **settings)
     if engine == "ray": return g.RayEngine(model_folder(model), str(images), names, settings | {"batch_size": batch_size, "model_name": short_name(model)}, actors, gpus)
     from tita.models import load_processor, load_vlm
@@ -125,12 +127,13 @@ def finish(count: dict, out: Path):
         print(f"reasons: {beside(out, 'errors.jsonl')}; the same command again tries them again")
         raise typer.Exit(1)
 
-# %% ../nbs/15_data.ipynb #a6de2bf5
+# %% ../nbs/15_data.ipynb #19f24e10
 Engine, Model = _opt(str, "transformers, openai (a server) or ray (a cluster)"), _opt(str, "model folder, hub name, world, or the server's name for it")
 Views = _opt(list[str], "clean, diffusion-N, pixel-diffusion-N, moco, crop, flip, rotate-N, none, swap; several times", "--view")
 Samples, Temperature, TopP = _opt(int, "answers to each question on each view", min=1), _opt(float, "0: greedy", min=0.), _opt(float, "smallest set of tokens with this probability")
 Longest, Batch = _opt(int, "greatest length of an answer, tokens", "--max-new-tokens", min=1), _opt(int, "rows in one call of the model", min=1)
-BaseUrl, KeyEnv, Concurrency = _opt(str, "of an OpenAI-compatible server, http://HOST:PORT/v1"), _opt(str, "environment variable that holds the key"), _opt(int, "requests under way at a time", min=1)
+BaseUrl, KeyEnv = _opt(str, "of an OpenAI-compatible server, http://HOST:PORT/v1"), _opt(str, "environment variable that holds the key")
+Concurrency = _opt(int, "requests under way at a time", min=1)
 Actors, Gpus = _opt(int, "with ray: copies of the model", min=1), _opt(float, "with ray: GPUs of each copy")
 Shard, Device, Dtype = _opt(str, "I/N: answer only this part of the images"), _opt(str, "cpu, cuda, or auto to spread the model"), _opt(str, "auto, float32, bfloat16")
 SkipBad = _opt(bool, "leave out lines that are no questions, and say which", "--skip-bad")
@@ -162,7 +165,7 @@ def generate_command(
     finish(count, out)
     if left_out: raise typer.Exit(1)
 
-# %% ../nbs/15_data.ipynb #5d50ed6a
+# %% ../nbs/15_data.ipynb #de3ffd98
 def load_answers(
     files: list[str], # paths, or VIEW=PATH for files that do not say the view
 ) -> list[dict]: # answer rows of all of them
@@ -173,6 +176,7 @@ def load_answers(
         rows += read_answers(path, view)
     return rows
 
+# %% ../nbs/15_data.ipynb #ded5fb00
 @app.command("annotate")
 @cli
 def annotate_command(

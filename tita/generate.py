@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['answer_key', 'check_questions', 'plan_answers', 'swap_image', 'pick_tokens', 'RowSampler', 'get_image',
            'encode_images', 'disturb', 'takes_features', 'join_inputs', 'image_features', 'tokenize_prompts',
-           'generate_batch', 'answer_lengths', 'AnswerLengths', 'attempt', 'encode_each', 'prepare_views',
-           'what_is_shown', 'LocalEngine', 'name_of', 'read_chunks', 'error_row', 'answer_row', 'answer_batch', 'fits',
+           'answer_lengths', 'generate_batch', 'AnswerLengths', 'attempt', 'encode_each', 'prepare_views',
+           'what_is_shown', 'name_of', 'LocalEngine', 'read_chunks', 'error_row', 'answer_row', 'answer_batch', 'fits',
            'chunk_features', 'answer_chunk', 'beside', 'keep_settings', 'run_engine', 'Endpoint', 'explain_api', 'ask',
-           'concurrently', 'data_url', 'message', 'EndpointEngine', 'Answerer', 'RayEngine', 'generate_answers']
+           'concurrently', 'data_url', 'message', 'EndpointEngine', 'Answerer', 'task_chunks', 'RayEngine',
+           'generate_answers']
 
 # %% ../nbs/12_generate.ipynb #8ac1eefd
 import asyncio, base64, contextlib, inspect, io, json, logging, os, queue, re, sys, tempfile, threading
@@ -166,7 +167,14 @@ def tokenize_prompts(
     out = tok(list(unique), padding=True, padding_side="left", return_tensors="pt", add_special_tokens=not (bos and texts[0].startswith(bos)))
     return {k: out[k][rows] for k in ("input_ids", "attention_mask")}
 
-# %% ../nbs/12_generate.ipynb #942a7d41
+# %% ../nbs/12_generate.ipynb #a926e1d5
+def answer_lengths(model, out: Tensor) -> list[int]:
+    "Tokens of each row up to and with its end token."
+    eos = model.generation_config.eos_token_id
+    ended = torch.isin(out, torch.tensor(eos if isinstance(eos, list) else [-1 if eos is None else eos], device=out.device))
+    return torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1]).tolist()
+
+# %% ../nbs/12_generate.ipynb #fc1e4ff2
 @torch.inference_mode()
 def generate_batch(
     model, # AutoModelForImageTextToText
@@ -189,12 +197,6 @@ def generate_batch(
     out = out[:, tokens["input_ids"].shape[1]:]
     texts = processor.batch_decode(out, skip_special_tokens=True)
     return [(text.strip(), n) for text, n in zip(texts, answer_lengths(model, out))]
-
-def answer_lengths(model, out: Tensor) -> list[int]:
-    "Tokens of each row up to and with its end token."
-    eos = model.generation_config.eos_token_id
-    ended = torch.isin(out, torch.tensor(eos if isinstance(eos, list) else [-1 if eos is None else eos], device=out.device))
-    return torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1]).tolist()
 
 # %% ../nbs/12_generate.ipynb #8d904f74
 class AnswerLengths:
@@ -275,7 +277,12 @@ def what_is_shown(
     if task["view"] == "swap": return swap_image(task["image"], names, seed), "clean"
     return task["image"], task["view"]
 
-# %% ../nbs/12_generate.ipynb #0b7a4276
+# %% ../nbs/12_generate.ipynb #486c629e
+def name_of(model) -> str:
+    "A model's name for files: that of the hub, or the last two parts of its folder."
+    return "/".join(Path(getattr(model.config, "name_or_path", "") or type(model).__name__).parts[-2:])
+
+# %% ../nbs/12_generate.ipynb #81a09838
 @dataclass
 class LocalEngine:
     "Answers with a transformers model in this process."
@@ -303,10 +310,6 @@ class LocalEngine:
     def __call__(self, tasks: list):
         "Answer all tasks, chunk by chunk: yields lists of answer rows and of error rows."
         for chunk, pictures in read_chunks(self, tasks): yield from answer_chunk(self, chunk, pictures)
-
-def name_of(model) -> str:
-    "A model's name for files: that of the hub, or the last two parts of its folder."
-    return "/".join(Path(getattr(model.config, "name_or_path", "") or type(model).__name__).parts[-2:])
 
 # %% ../nbs/12_generate.ipynb #79c6dfde
 def read_chunks(
@@ -353,7 +356,7 @@ def answer_batch(
     for task, (_, length) in zip(tasks, done): engine.lengths.add(task["text"], length)
     return [answer_row(engine, t, text, length == n) for t, (text, length) in zip(tasks, done)], []
 
-# %% ../nbs/12_generate.ipynb #16ad2ff7
+# %% ../nbs/12_generate.ipynb #df113eb0
 def fits(encoded: dict) -> tuple:
     "What two images must have in common so that their tensors can be concatenated."
     return tuple((k, *v.shape[1:]) for k, v in encoded.items())
@@ -367,6 +370,7 @@ def chunk_features(engine: LocalEngine, inputs: dict) -> dict:
         if not why: features |= zip(group, found)
     return features
 
+# %% ../nbs/12_generate.ipynb #9582e6f8
 def answer_chunk(
     engine: LocalEngine, # who answers
     tasks: list[dict], # of the chunk
@@ -566,7 +570,7 @@ class EndpointEngine:
             if getattr(err, "fatal", False): raise err
             yield ([row], []) if err is None else ([], [error_row(task, str(err))])
 
-# %% ../nbs/12_generate.ipynb #e7b530ff
+# %% ../nbs/12_generate.ipynb #771ada25
 class Answerer:
     "What an actor does: load the model once, then answer chunks of tasks."
     def __init__(self, model: str, images: str, settings: dict):
@@ -577,6 +581,18 @@ class Answerer:
         done = [part for chunk in batch["tasks"] for part in self.engine(json.loads(chunk))]
         return {"finished": [json.dumps(part) for part in done]}
 
+def task_chunks(
+    tasks: list[dict], # of `plan_answers`
+    images: int, # most images in a chunk
+    least: int = 1, # least number of chunks, if there are so many images
+) -> list[str]: # JSON
+    "Tasks in chunks, those about one image together."
+    groups = {}
+    for t in tasks: groups.setdefault(t["image"], []).append(t)
+    size = max(1, min(images, -(-len(groups) // least))); names = list(groups)
+    return [json.dumps([t for n in names[i:i + size] for t in groups[n]]) for i in range(0, len(names), size)]
+
+# %% ../nbs/12_generate.ipynb #38c21fae
 @dataclass
 class RayEngine:
     "Answers with a pool of actors."
@@ -586,13 +602,6 @@ class RayEngine:
     settings: dict # of `LocalEngine`
     actors: int = 1 # how many copies of the model
     gpus: float = 0. # of each actor
-
-    def chunks(self, tasks: list) -> list[str]:
-        "Tasks as JSON, those about one image together, at least one chunk for each actor."
-        groups = {}
-        for t in tasks: groups.setdefault(t["image"], []).append(t)
-        size = min(self.settings.get("batch_size", 64), -(-len(groups) // self.actors)); names = list(groups)
-        return [json.dumps([t for n in names[i:i + size] for t in groups[n]]) for i in range(0, len(names), size)]
 
     def __call__(self, tasks: list):
         "Answer all tasks: yields lists of answer rows and of error rows."
@@ -604,7 +613,7 @@ class RayEngine:
         except Exception as e: raise TitaError(f"Ray does not start ({str(e).splitlines()[0] if str(e) else type(e).__name__}); is the machine overloaded, or a cluster meant (RAY_ADDRESS)?") from None
         ray.data.DataContext.get_current().enable_progress_bars = False
         for name in "ray.data", "ray.data._internal": logging.getLogger(name).setLevel("ERROR")
-        chunks = [{"tasks": c} for c in self.chunks(tasks)]
+        chunks = [{"tasks": c} for c in task_chunks(tasks, self.settings.get("batch_size", 64), self.actors)]
         try:
             rows = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(Answerer, batch_size=1, num_gpus=self.gpus, compute=ray.data.ActorPoolStrategy(size=self.actors),
                 fn_constructor_args=(str(self.model), str(Path(self.images).resolve()), self.settings | {"names": self.names}))

@@ -148,13 +148,14 @@ def fuse_consensus(
         if agreement >= least: fused.append({key: v for key, v in rows[k].items() if key != "sample"} | {"view": "consensus", "from": rows[k]["view"], "agreement": round(agreement, 1)})
     return fused
 
-# %% ../nbs/13_pairs.ipynb #2286790b
+# %% ../nbs/13_pairs.ipynb #1173190e
 FUSE = """Several answers to one question about an image are listed below. They were given on different views of the same image, so an error is likely to stand in one of them only.
 Write the one best answer: keep what the answers agree on{image}, leave out what only one of them claims, keep their style and length, and add nothing of your own. Reply with the answer alone.
 
 Question: {question}
 {answers}"""
 
+# %% ../nbs/13_pairs.ipynb #6bdf5c43
 @dataclass
 class FusionEngine:
     "Fuses answers with a model behind an API; its tasks are question rows with `answers`."
@@ -284,7 +285,7 @@ def describe(
     return dict(pairs=len(pairs), images=len({p["image"] for p in pairs}), prompts=len({p["prompt"] for p in pairs}), sources=dict(Counter(p["source"] for p in pairs)),
         mean_words={k: round(statistics.mean(v), 1) for k, v in words.items()}, chosen_longer=longer, chosen_shorter=shorter, winner_yes=winners["yes"], winner_no=winners["no"])
 
-# %% ../nbs/13_pairs.ipynb #440619c4
+# %% ../nbs/13_pairs.ipynb #18f0771e
 def plot_lengths(
     pairs: list[dict], # pair rows
 ): # matplotlib figure
@@ -296,6 +297,7 @@ def plot_lengths(
     b.hist([c - r for c, r in zip(*words.values())], bins=30, color="tab:grey"); b.set_xlabel("words of chosen − words of rejected"); b.axvline(0, color="black", lw=.8)
     fig.tight_layout(); return fig
 
+# %% ../nbs/13_pairs.ipynb #10af80b7
 def plot_examples(
     pairs: list[dict], # pair rows
     images, # folder, or a mapping from name to Pillow image
@@ -313,7 +315,7 @@ def plot_examples(
             ax.text(1.1, y, "\n".join(textwrap.wrap(text, 46)[:2]), va="top", color=color, fontsize=8, parse_math=False)
     fig.tight_layout(); return fig
 
-# %% ../nbs/13_pairs.ipynb #d0ed5975
+# %% ../nbs/13_pairs.ipynb #d4bb8892
 CARD = """# Preference pairs
 
 {pairs} pairs about {images} images, {prompts} different prompts. No person compared the answers: which one is chosen follows from how the pair was made, and some
@@ -336,6 +338,7 @@ How many rows fell at each step: `{report}`
 ![examples](examples.png)
 """
 
+# %% ../nbs/13_pairs.ipynb #f4b8fc08
 def card(
     pairs: list[dict], # pair rows
     report: dict, # of the step that made them

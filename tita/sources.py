@@ -152,7 +152,7 @@ def question_rows(
     if not text.strip(): raise TitaError("the question is empty")
     return [row | {"text": clean_question(text)}]
 
-# %% ../nbs/10_sources.ipynb #63576950
+# %% ../nbs/10_sources.ipynb #4f4ff4ca
 def with_ids(
     placed, # pairs of line number and row
     path: str | Path, # for messages
@@ -161,14 +161,15 @@ def with_ids(
     unique: tuple = ("question_id",), # keys that no two rows may share
 ): # pairs of line number and row, with question_id
     "Give rows that have no id one made of their content."
-    first, again = {}, Counter()
+    first, again = {}, Counter() # of 64-bit hashes: a file may have millions of rows
     for line, row in placed:
         if row.get("question_id") is None:
             h = stable_hash(*(row.get(k) for k in content)); again[h] += 1
             row["question_id"] = h if again[h] == 1 else f"{h}-{again[h]}"
-        row = {"question_id": row["question_id"]} | row
-        if (key := tuple(row.get(k) for k in unique)) in first:
-            told = f"question_id {row['question_id']!r} is there twice (first in line {first[key]}); ids must differ"
+        row = {"question_id": row["question_id"]} | row; told = None
+        if not isinstance(row["question_id"], (str, int)): told = f"question_id is a {type(row['question_id']).__name__}; give a text or a whole number"
+        elif (key := hash(tuple(row.get(k) for k in unique))) in first: told = f"question_id {row['question_id']!r} is there twice (first in line {first[key]}); ids must differ"
+        if told:
             if bad is None: raise TitaError(f"{path}:{line}: {told}")
             bad(line, json.dumps(row, ensure_ascii=False), told); continue
         first[key] = line
@@ -254,7 +255,7 @@ def to_llava(row: dict) -> dict:
     "A question row with an answer as LLaVA's conversation."
     return {"id": row["question_id"], "image": row["image"], "conversations": [{"from": "human", "value": ("<image>\n" if row["image"] else "") + row["text"]}, {"from": "gpt", "value": row["answer"]}]}
 
-# %% ../nbs/10_sources.ipynb #f4ea30cb
+# %% ../nbs/10_sources.ipynb #8dedf53d
 def find_image(
     root: str | Path, # the image folder
     name: str, # as the question has it
@@ -262,7 +263,8 @@ def find_image(
     "An image by its name, also where a project's own layout or extension differs. Raises `TitaError` if it is missing or outside."
     tail = name.rsplit("/", 1)[-1] if isinstance(name, str) else ""; source = SOURCES.get(source_of(name))
     error = None
-    for cand in dict.fromkeys([name, *(f"{folder}/{tail}" for folder in (source.folders if source else ())), *([tail] if tail else [])]):
+    usual = [f"{top}{folder}/{tail}" for folder in (source.folders if source else ()) for top in ("", "data/", "playground/data/")]
+    for cand in dict.fromkeys([name, *usual, *([tail] if tail else [])]):
         try: return image_path(root, cand)
         except TitaError as e:
             if "leaves its folder" in str(e): raise
