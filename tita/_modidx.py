@@ -937,6 +937,7 @@ d = { 'settings': { 'branch': 'main',
                                   'tita.world_train.pixels': ('world_train.html#pixels', 'tita/world_train.py'),
                                   'tita.world_train.quick_scores': ('world_train.html#quick_scores', 'tita/world_train.py'),
                                   'tita.world_train.save_model': ('world_train.html#save_model', 'tita/world_train.py'),
+                                  'tita.world_train.shrink': ('world_train.html#shrink', 'tita/world_train.py'),
                                   'tita.world_train.train_base': ('world_train.html#train_base', 'tita/world_train.py'),
                                   'tita.world_train.train_tower': ('world_train.html#train_tower', 'tita/world_train.py'),
                                   'tita.world_train.write_card': ('world_train.html#write_card', 'tita/world_train.py')}}}

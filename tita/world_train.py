@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'IGNORE', 'LONG', 'GATES', 'draw_sheet', 'pixels', 'disturb', 'Schedule', 'train_tower', 'lesson', 'Tokens',
-           'quick_scores', 'train_base', 'kl', 'own_answers', 'imitation', 'distill', 'save_model', 'build',
+           'quick_scores', 'train_base', 'kl', 'own_answers', 'imitation', 'shrink', 'distill', 'save_model', 'build',
            'write_card']
 
 # %% ../nbs/23_world_train.ipynb #8cf78219
@@ -216,13 +216,26 @@ def imitation(said: dict, rng: random.Random) -> list[tuple[str, str]]:
     short = [("pope", o, ("yes", "no")) for o in rng.sample(OBJECTS, 6)] + [("color", o, list(COLORS)) for o in some] + [("count", o, COUNTS[1:]) for o in some]
     return [(ASK[k], said[k]) for k in LONG if said.get(k)] + [(ASK[k].format(o), rng.choice(words)) for k, o, words in short]
 
+# %% ../nbs/23_world_train.ipynb #f00dfe74
+def shrink(
+    model, # a VLM
+    keep: tuple = (0, -1), # its layers to keep
+): # a VLM of as many layers, the rest as in the model
+    "A smaller model that starts from the larger one's own weights."
+    small = copy.deepcopy(model); layers = small.get_decoder().layers
+    small.get_decoder().layers = torch.nn.ModuleList(layers[k] for k in keep)
+    for k, layer in enumerate(small.get_decoder().layers): layer.self_attn.layer_idx = k # where its cache is
+    config = small.config.get_text_config(); config.num_hidden_layers = len(keep)
+    if getattr(config, "layer_types", None): config.layer_types = [config.layer_types[k] for k in keep]
+    return small
+
 # %% ../nbs/23_world_train.ipynb #e174d588
 def distill(
     base, # frozen
-    reward, # untrained, with the base's tower; trained in place
+    reward, # of `shrink`; trained in place
     seed: int = 0, # of scenes and order
-    steps: int = 1800, # in all
-    gate: float = .25, # nats: mean KL on validation scenes that it must reach
+    steps: int = 1000, # in all
+    gate: float = .08, # nats: mean KL on validation scenes that it must reach
     scenes: int = 4000, # unlabelled ones to train on
     lr: float = 4e-3, batch: int = 16, every: int = 100,
 ) -> dict: # KL before and after, agreement (share of equal most likely tokens), steps
@@ -280,7 +293,7 @@ def build(
         kept = train_base(model, GATES, seed); models = {k: kept[k][0] for k in names}; card |= {"steps": {k: kept[k][2] for k in names}, "seconds": time.time() - start}
         for name in names: save_model(models[name].eval(), out/name, out/"tower.safetensors")
         write_json(part, card)
-    start, reward = time.time(), tiny_model(layers=2, seed=seed + 50); reward.model.vision_tower.load_state_dict(models["base"].model.vision_tower.state_dict())
+    start, reward = time.time(), shrink(models["base"])
     card["distill"] = distill(models["base"], reward, seed); models["reward"] = reward.eval(); save_model(reward, out/"reward", out/"tower.safetensors")
     card |= {"seconds": round(card["seconds"] + time.time() - start), "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in models.items()}}
     card |= {"scores": {k: quick_scores(m, valid, x) for k, m in models.items()}, "run": run_info()}
