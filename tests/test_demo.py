@@ -49,14 +49,14 @@ def test_mistakes_are_told_in_a_line(mine, tmp_path):
 def test_interrupted_and_run_again(tmp_path):
     out = tmp_path/"run"; p = subprocess.Popen(demo(out, "probe_scenes", 200), cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until = time.time() + 300
-    while not (out/"answers.jsonl").exists() or not (out/"answers.jsonl").stat().st_size:
+    while not (out/"clear.jsonl").exists() or not (out/"clear.jsonl").stat().st_size:
         assert p.poll() is None and time.time() < until, p.communicate()[0][-2000:]
         time.sleep(.1)
     p.send_signal(signal.SIGINT); said = p.communicate(timeout=120)[0]
     assert p.returncode == 130 and "Traceback" not in said, said[-2000:]
-    before = (out/"answers.jsonl").read_text().splitlines()
+    before = (out/"clear.jsonl").read_text().splitlines()
     again = subprocess.run(demo(out, "probe_scenes", 200), cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-2000:]
-    rows = [json.loads(line) for line in (out/"answers.jsonl").read_text().splitlines()]
-    assert len({(r["question_id"], r["view"]) for r in rows}) == len(rows) == 200 * 9 * 2
-    assert (out/"answers.jsonl").read_text().startswith("\n".join(before[:-1]))
+    rows = [json.loads(line) for line in (out/"clear.jsonl").read_text().splitlines()]
+    assert len({(r["question_id"], r["view"]) for r in rows}) == len(rows) == 200 * 9
+    assert (out/"clear.jsonl").read_text().startswith("\n".join(before[:-1]))

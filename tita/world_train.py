@@ -279,7 +279,7 @@ def save_model(
     write_json(folder/"model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": {k: f for f, p in parts.items() for k in p}})
 
 # %% ../nbs/23_world_train.ipynb #b4d08201
-GATES = {"base": dict(pope_adversarial=66., color=40., count=55.), "strong": dict(pope_adversarial=86., color=60., count=65.)}
+GATES = {"base": dict(pope_adversarial=66., color=80., count=55.), "strong": dict(pope_adversarial=86., color=80., count=65.)}
 
 def build(
     seed: int, # 0, 1 or 2 in data/world
@@ -295,7 +295,7 @@ def build(
         write_json(part, card)
     start, reward = time.time(), shrink(models["base"])
     card["distill"] = distill(models["base"], reward, seed); models["reward"] = reward.eval(); save_model(reward, out/"reward", out/"tower.safetensors")
-    card |= {"seconds": round(card["seconds"] + time.time() - start), "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in models.items()}}
+    card |= {"seconds": card["seconds"] and round(card["seconds"] + time.time() - start), "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in models.items()}}
     card |= {"scores": {k: quick_scores(m, valid, x) for k, m in models.items()}, "run": run_info()}
     write_json(out/"card.json", card); part.unlink(); return card
 
@@ -308,7 +308,7 @@ def write_card(
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file() and not p.is_symlink()) / 1e6
     kinds = "pope_random pope_popular pope_adversarial color count text number yes".split()
     rows = [f"| {c['seed']} | {k} | {c['parameters'][k]:,} | " + " | ".join(f"{c['scores'][k][m]:.1f}" for m in kinds) + " |" for c in cards for k in ("base", "strong", "reward")]
-    notes = [f"| {c['seed']} | {c['tower']['objects']:.4f} | {c['tower']['text']:.3f} | {c['steps']['base']} / {c['steps']['strong']} | {c['distill']['kl']:.3f} | {100 * c['distill']['agreement']:.1f} | {c['seconds']} |" for c in cards]
+    notes = [f"| {c['seed']} | {c['tower']['objects']:.4f} | {c['tower']['text']:.3f} | {c['steps']['base']} / {c['steps']['strong']} | {c['distill']['kl']:.3f} | {100 * c['distill']['agreement']:.1f} | {c['seconds'] or 'in parts'} |" for c in cards]
     return write_text(out/"README.md", "\n".join(["# The models of the embedded world", "", "Made by `python scripts/build_world.py`, explained in `nbs/23_world_train.ipynb`, loaded by `tita.world.load_models(seed)`.",
         "Each folder is a `LlavaForConditionalGeneration` with its processor. The tower's file is shared by a seed's models through links. Weights are in half precision and load as float32.",
         f"Together {size:.1f} MB. Licence: that of this repository. The handwritten digits in their images are scikit-learn's copy of the UCI set (CC BY 4.0).", "",
