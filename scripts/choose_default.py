@@ -21,7 +21,7 @@ from tita.world import ASK, OBJECTS, load_models, load_strong, make_scenes
 from tita.world_train import Tokens, pixels
 
 ROOT = Path(__file__).resolve().parent.parent
-GRID = [dict(lam=1.)] + [dict(lam=lam, bound=bound, gate=gate) for gate in (None, "entropy:0.7", "margin:1", "agreement:0.2", "agreement:0.3", "agreement:0.5") for bound in (.5, 1.) for lam in (1., 2.)]
+GRID = [dict(lam=1.)] + [dict(lam=lam, bound=bound, gate=gate) for gate in (None, "entropy:0.7", "margin:1", "agreement") for bound in (.5, 1., 2.) for lam in (.5, 1., 2.)]
 
 def trained(seed: int, out: Path):
     "A seed's base, reward before and after DPO (made as in the demo), processor."
