@@ -21,12 +21,12 @@ from tita.world import ASK, OBJECTS, load_models, load_strong, make_scenes
 from tita.world_train import Tokens, pixels
 
 ROOT = Path(__file__).resolve().parent.parent
-GRID = [dict(lam=1.)] + [dict(lam=lam, bound=bound, gate=gate) for gate in (None, "entropy:0.7", "margin:1", "agreement") for bound in (.5, 1., 2.) for lam in (.5, 1., 2.)]
+GRID = [dict(lam=1.)] + [dict(lam=lam, bound=bound, gate=gate) for gate in (None, "entropy:0.7", "agreement:0.2", "agreement:0.3", "agreement:0.5") for bound in (.5, 1.) for lam in (.5, 1., 2.)]
 
 def trained(seed: int, out: Path):
     "A seed's base, reward before and after DPO (made as in the demo), processor."
     base, before, processor = load_models(seed); set_seed(seed); images = out/"images"
-    probe = pipeline.probe_rows(make_scenes(1500, seed, "train"), images, seed=seed); pairs, _ = pipeline.preference_pairs(before, processor, probe, images, out, seed=seed)
+    probe = pipeline.probe_rows(make_scenes(1000, seed, "train"), images, seed=seed); pairs, _ = pipeline.preference_pairs(before, processor, probe, images, out, seed=seed, further=pipeline.further_rows)
     after, _ = train_dpo(copy.deepcopy(before), processor, pairs, images, out/"reward", resume=True, **pipeline.dpo_settings(len(pairs), seed=seed))
     return base, before, after.eval(), processor
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from .core import TitaError, cli, write_text
 
-SAFE = dict(lam=1., bound=1., gate="agreement") # of `tita.guidance`
+SAFE = dict(lam=1., bound=1., gate="agreement:0.3") # of `tita.guidance`
 
 # %% ../nbs/33_ask.ipynb #f8df7bd9
 def ask_pair(
@@ -103,7 +103,7 @@ def ask(
     lam: Annotated[float, typer.Option(help="strength λ; 0 is the base alone")] = SAFE["lam"],
     form: Annotated[str, typer.Option(help="interpolate, ratio, arm or contrast [default: ratio with a reference, else interpolate]")] = None,
     bound: Annotated[float, typer.Option(help="clip the guidance to ±bound nats; 0 for none")] = SAFE["bound"],
-    gate: Annotated[str, typer.Option(help="agreement, entropy:0.7, margin:1 or none")] = SAFE["gate"],
+    gate: Annotated[str, typer.Option(help="agreement:0.3, entropy:0.7, margin:1 or none")] = SAFE["gate"],
     plausibility: Annotated[float, typer.Option(help="cut off tokens below this share of the base's best")] = 0.,
     max_new_tokens: Annotated[int, typer.Option(help="length of an answer at most")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.,

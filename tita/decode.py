@@ -921,7 +921,7 @@ class AlignedDecoder:
         form: str | None = None, # interpolate, ratio, arm, contrast; None: ratio if there is a reference, else interpolate
         lam: float | Callable = 0.6, # strength λ, or a function of a `Step`; 0 is the base alone
         bound: float | None = None, # nats: clips the guidance to ±bound
-        gate: str | Callable | None = None, # "agreement", "entropy:0.7", "margin:1" or a function; see `SAFE` in `guidance`
+        gate: str | Callable | None = None, # "agreement:0.3", "entropy:0.7", "margin:1" or a function; see `SAFE` in `guidance`
         plausibility: float = 0., # share of the base's best token below which tokens are cut off
         weights: list[float] | None = None, # one per reward; None: equal, with sum 1
         reward_processor=None, # where the reward's differs from the base's (patches, image tokens, template)

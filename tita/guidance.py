@@ -97,9 +97,11 @@ def margin_gate(
 def agreement_gate(
     base: Tensor, # (..., V) log π_b
     reference: Tensor, # (..., V) log π_f
+    tolerance: float = 0.3, # total variation, from 0 to 1, from which on the gate is shut
 ) -> Tensor: # (..., 1)
-    "Guidance only where the reference's most likely token is the base's own."
-    return (base.argmax(-1) == reference.argmax(-1)).to(base)[..., None]
+    "Guidance in proportion to how far the reference agrees with the base: `max(0, 1 − TV / tolerance)`."
+    tv = (base.exp() - reference.exp()).abs().sum(-1) / 2
+    return (1 - tv / tolerance).clamp(min=0.)[..., None]
 
 # %% ../nbs/30_guidance.ipynb #830ea7f9
 class Step(NamedTuple):
@@ -112,19 +114,19 @@ class Step(NamedTuple):
 GATES = dict(
     entropy=lambda step, *t: entropy_gate(step.base, *t),
     margin=lambda step, *t: margin_gate(step.base, *t),
-    agreement=lambda step: agreement_gate(step.base, (step.references or step.rewards)[0]),
+    agreement=lambda step, *t: agreement_gate(step.base, (step.references or step.rewards)[0], *t),
 )
 
 def parse_gate(
-    gate: str | Callable | None, # "agreement", "entropy:0.7", "margin:1", a function of a `Step`, or None
+    gate: str | Callable | None, # "agreement:0.3", "entropy:0.7", "margin:1", a function of a `Step`, or None
 ) -> Callable | None: # a function from a `Step` to (..., 1)
     "A gate by name. Raises `TitaError` for a name or threshold that means nothing."
     if gate is None or callable(gate): return gate
     name, _, threshold = str(gate).partition(":")
     try:
         t = [float(threshold)] if threshold else []
-        if name not in GATES or threshold and name == "agreement" or not all(0 < x < math.inf for x in t): raise ValueError
-    except ValueError: raise TitaError(f"gate {gate!r} is not known; write 'agreement', 'entropy:0.7' or 'margin:1' (the numbers are thresholds), or pass a function") from None
+        if name not in GATES or not all(0 < x < math.inf for x in t): raise ValueError
+    except ValueError: raise TitaError(f"gate {gate!r} is not known; write 'agreement:0.3', 'entropy:0.7' or 'margin:1' (the numbers are thresholds), or pass a function") from None
     return lambda step: GATES[name](step, *t)
 
 # %% ../nbs/30_guidance.ipynb #0f0733d2
@@ -210,4 +212,4 @@ def __call__(self: Guidance,
     return scores, step.signal
 
 # %% ../nbs/30_guidance.ipynb #5fdcdf81
-SAFE = dict(form="ratio", lam=1., bound=1., gate="agreement") # for `Guidance` and `AlignedDecoder`
+SAFE = dict(form="ratio", lam=1., bound=1., gate="agreement:0.3") # for `Guidance` and `AlignedDecoder`
