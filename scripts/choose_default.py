@@ -7,7 +7,10 @@
 Every setting guides the base and the stronger base of each seed. Of those settings that harm least (a paired 95% interval on the wrong side of
 zero counts as harm), the one that helps most is chosen. Killed and started again, it goes on.
 """
-import argparse, copy, json
+import argparse, copy, json, os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 import torch
 from tita import pipeline
@@ -58,6 +61,13 @@ def measure(bases: dict, before, after, processor, scenes, captions: int, desc: 
             found[name][json.dumps(how)] = scores_of(logits, labels, names, n) | chair(said, truths, finder, list(range(captions)), n)
     return found
 
+def one_seed(seed: int, runs: Path, scenes: int, captions: int, only_train: bool) -> dict:
+    "A seed's cells, in a process of its own with one thread."
+    torch.set_num_threads(1); base, before, after, processor = trained(seed, runs/f"seed{seed}")
+    if only_train: return {}
+    cells = measure(dict(base=base, strong=load_strong(seed)), before, after, processor, make_scenes(scenes, 2000 + seed, "valid"), captions, f"seed {seed}")
+    return {f"seed {seed} {name}": v for name, v in cells.items()}
+
 def judge(found: dict) -> dict:
     "setting -> harms, and mean change of every metric for each base; from cell -> setting -> counts."
     rows = {json.dumps(h): dict(setting=h, harms=[], change={}) for h in GRID}
@@ -89,12 +99,10 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2]); p.add_argument("--scenes", type=int, default=1500); p.add_argument("--captions", type=int, default=600)
     p.add_argument("--runs", type=Path, default=ROOT/"runs"/"choose_default"); p.add_argument("--out", type=Path, default=ROOT/"results"); p.add_argument("--only-train", action="store_true", help="make the rewards and stop")
-    args = p.parse_args(); found = {}
-    for seed in args.seed:
-        base, before, after, processor = trained(seed, args.runs/f"seed{seed}")
-        if args.only_train: continue
-        cells = measure(dict(base=base, strong=load_strong(seed)), before, after, processor, make_scenes(args.scenes, 2000 + seed, "valid"), min(args.captions, args.scenes), f"seed {seed}")
-        found |= {f"seed {seed} {name}": v for name, v in cells.items()}
+    args = p.parse_args(); args.captions, found = min(args.captions, args.scenes), {}
+    work = partial(one_seed, runs=args.runs, scenes=args.scenes, captions=args.captions, only_train=args.only_train)
+    with ProcessPoolExecutor(min(len(args.seed), os.cpu_count()), get_context("spawn")) as pool:
+        for cells in pool.map(work, args.seed): found |= cells
     if args.only_train: return
     rows = judge(found); chosen = min(rows.values(), key=lambda r: (len(r["harms"]), -r["gain"]))
     write_json(args.out/"choose_default.json", dict(chosen=chosen["setting"], scenes=args.scenes, captions=args.captions, seeds=args.seed, settings=list(rows.values()), run=run_info()))
