@@ -60,11 +60,11 @@ def questions_command(
     if missing: print(f"{missing} questions have no image in {images}; tita-data check {out} {images} lists them")
     print(f"next: tita-data check {out} IMAGES")
 
-# %% ../nbs/15_data.ipynb #57771bfa
+# %% ../nbs/15_data.ipynb #23378e82
 @app.command("check")
 @cli
 def check_command(
-    questions: _arg(Path, "question file"), images: _arg(Path, "image folder"),
+    questions: _arg(Path, "question file; or one of answers or pairs"), images: _arg(Path, "image folder"),
     most: _opt(int, "show only the first so many lines that are wrong", "--max") = 50,
 ):
     "Read every row and open every image; exit code 1 and line numbers if anything is wrong."
@@ -269,7 +269,7 @@ def read_any(
     if "view" in first: return "answers", read_answers(path)
     return "questions", read_questions(path)
 
-# %% ../nbs/15_data.ipynb #70e7793c
+# %% ../nbs/15_data.ipynb #2f2b77cf
 def convert(
     source: Path, # file of any format
     out: Path, # file or folder to write
@@ -286,7 +286,10 @@ def convert(
     if to in ("seva", "mllm", "trl") and kind != "pairs": raise TitaError(f"{source}: holds {kind}, and {to} is a format of pairs; make pairs first (tita-data pairs)")
     if to == "llava" and any("answer" not in r for r in rows): raise TitaError(f"{source}: not every row has an answer, which a conversation needs; generate answers first")
     if to == "trl" and not images: raise TitaError("format trl holds the pictures; give --images")
-    if images and to in ("seva", "mllm", "llava", "sft", "rejection", "steerlm"): rows = p.found_names(rows, images)
+    if images:
+        try: found = p.found_names(rows, images)
+        except TitaError as e: raise TitaError(f"{source}: {e}; tita-data check {source} {images} says in which lines") from None
+        if to not in ("jsonl", "parquet", "trl"): rows = found
     if to == "parquet": write_parquet(rows, out, images, embed)
     elif to == "jsonl": write_jsonl(out, rows)
     elif to == "trl": p.save_trl(rows, out, images)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .core import TitaError, image_path, iter_jsonl, open_image, progress, seed_for, stable_hash, write_text
 
-# %% ../nbs/10_sources.ipynb #717f6102
+# %% ../nbs/10_sources.ipynb #3457a0fa
 def _pieces(f, size=1 << 16):
     "Pairs of line number and bytes, no longer than `size`, without a byte-order mark."
     if f.read(3) != b"\xef\xbb\xbf": f.seek(0)
@@ -32,15 +32,15 @@ def iter_array(
     path = Path(path); items = ijson.sendable_list(); parser = ijson.items_coro(items, "item", use_float=True); n, k = 1, 0
     with open(path, "rb") as f:
         for n, raw in _pieces(f):
+            wrong = None
             try: parser.send(raw)
-            except ijson.JSONError as e:
-                why = e.args[0].decode("utf-8", "replace") if e.args and isinstance(e.args[0], bytes) else str(e)
-                raise TitaError(f"{path}:{n}: not JSON after record {k} ({why.splitlines()[0]}); mend the file") from None
-            except UnicodeDecodeError: raise TitaError(f"{path}:{n}: not UTF-8 text after record {k}; save the file as UTF-8") from None
+            except ijson.JSONError as e: why = e.args[0].decode("utf-8", "replace") if e.args and isinstance(e.args[0], bytes) else str(e); wrong = f"not JSON ({why.splitlines()[0]}); mend the file"
+            except UnicodeDecodeError: wrong = "not UTF-8 text; save the file as UTF-8"
             for k, item in enumerate(items, k + 1):
                 if not isinstance(item, dict): raise TitaError(f"{path}:{n}: record {k} is of type {type(item).__name__}, not an object; mend the file")
                 yield n, item
             items.clear()
+            if wrong: raise TitaError(f"{path}:{n}: after record {k}: {wrong}")
         try: parser.close()
         except ijson.JSONError: raise TitaError(f"{path}:{n}: the JSON array breaks off here, after record {k}; the file is incomplete, copy or download it again") from None
     if not k: raise TitaError(f"{path}: the array is empty; look at the step that wrote it")
@@ -139,7 +139,7 @@ def _pick(r, source, i, per_image, seed, place):
     kept = sorted(heapq.nsmallest(n, range(len(turns)), key=lambda k: seed_for("question", seed, source, r["image"], i, k)))
     return [dict(question_id=f"{source}-{i}-{k}", image=r["image"], text=clean_question(turns[k][1], kind.short), source=source) for k in kept]
 
-# %% ../nbs/10_sources.ipynb #8b194ada
+# %% ../nbs/10_sources.ipynb #a82615f5
 def question_rows(
     record: dict, # of any of the formats
 ) -> list[dict]: # question rows; question_id only where the record has one
@@ -151,8 +151,9 @@ def question_rows(
         if not turns: raise TitaError("a conversation without a human turn; mend the record")
         return [dict({key: f"{record[key]}-{k}"} if key in record else {}, image=image, text=clean_question(q), **({} if a is None else {"answer": a})) for k, q, a in turns]
     row = {"image": image} | {k: v for k, v in record.items() if k not in ("image", "image_id", "question", "prompt")}
-    text = next((record[k] for k in ("text", "question", "prompt") if isinstance(record.get(k), str)), None)
+    text = next((record[k] for k in ("text", "question", "prompt") if record.get(k) is not None), None)
     if text is None: raise TitaError(f"no key 'text' (found: {', '.join(record) or 'none'})")
+    if not isinstance(text, str): raise TitaError(f"the question is a {type(text).__name__}; write a text")
     if "image" not in record and "image_id" not in record: raise TitaError(f"no key 'image' (found: {', '.join(record)}); write null for a question without one")
     if not text.strip(): raise TitaError("the question is empty")
     return [row | {"text": clean_question(text)}]
@@ -218,7 +219,7 @@ def read_answers(
         row = question_rows(r)[0]; return [row | {"view": row.get("view", view)}]
     return [row for _, row in read_rows(path, convert, bad=bad, unique=("question_id", "view", "sample"))]
 
-# %% ../nbs/10_sources.ipynb #b97c64e9
+# %% ../nbs/10_sources.ipynb #cb65b6ec
 ATTRIBUTES = "helpfulness", "correctness", "coherence", "complexity", "verbosity"
 _LOGPS = {"ref_win_logp": "ref_chosen_logp", "ref_rej_logp": "ref_rejected_logp"}
 
@@ -243,7 +244,7 @@ def pair_rows(
 
 def read_pairs(path: str | Path, bad=None) -> list[dict]:
     "Pair rows of a file of any of the formats; see `read_rows`."
-    return [row | {"source": row.get("source", Path(path).stem)} for _, row in read_rows(path, pair_rows, ("image", "prompt", "chosen", "rejected"), bad)]
+    return [row | {"source": row.get("source", Path(path).stem)} for _, row in read_rows(path, pair_rows, ("image", "prompt", "chosen", "rejected"), bad, ("question_id", "source", "sample"))]
 
 # %% ../nbs/10_sources.ipynb #9350905e
 def to_seva(row: dict) -> dict:
@@ -288,9 +289,9 @@ def check_image(root: str | Path, name: str) -> tuple:
     except TitaError as e: return next((kind for words, kind in KINDS.items() if words in str(e)), "missing"), str(e)
     except OSError as e: return "unreadable", f"{name}: {e.strerror}"
 
-# %% ../nbs/10_sources.ipynb #2641ebac
+# %% ../nbs/10_sources.ipynb #b8168c46
 def check_questions_file(
-    path: str | Path, # question file
+    path: str | Path, # file of questions, answers or pairs
     root: str | Path, # image folder
 ) -> tuple: # counts, and (line, kind, reason) of everything that is wrong
     "Read every row and open every image."
@@ -298,7 +299,8 @@ def check_questions_file(
     counts = Counter(dict.fromkeys("rows images found missing unreadable truncated escapes bad_rows".split(), 0)); wrong, known = [], {}
     def bad(line, text, reason): counts["bad_rows"] += 1; wrong.append((line, "bad row", reason))
     try:
-        for line, row in progress(read_rows(path, question_rows, bad=bad), desc="check", unit="row"):
+        rows = read_rows(path, lambda r: pair_rows(r) if "chosen" in r else question_rows(r), bad=bad, unique=("question_id", "source", "sample", "view"))
+        for line, row in progress(rows, desc="check", unit="row"):
             counts["rows"] += 1
             if (name := row["image"]) is None: continue
             if name not in known: known[name] = check_image(root, name); counts["images"] += 1; counts[known[name][0] or "found"] += 1
@@ -320,7 +322,7 @@ def _columns(rows):
     names = {bool: "bool", int: "int64", float: "float64"}
     return {k: "float64" if t == {int, float} else names.get(next(iter(t), str), "string") if len(t) < 2 else "string" for k, t in kinds.items()}
 
-# %% ../nbs/10_sources.ipynb #45f3de1e
+# %% ../nbs/10_sources.ipynb #799e0d0b
 def write_parquet(
     rows: list[dict], # of any kind
     path: str | Path, # .parquet
@@ -330,9 +332,9 @@ def write_parquet(
     "Write rows for `datasets`, with pictures embedded, referenced or named."
     import datasets
     if not rows: raise TitaError(f"{path}: no rows to write; look at the report of the step before")
-    flat = [_flat(r) for r in rows]; columns = _columns(flat)
+    flat = [_flat(r) for r in rows]; columns = _columns(flat); files = {name: find_image(images, name) for name in {r.get("image") for r in rows} if name} if images else {}
     features = datasets.Features({k: datasets.Value(t) for k, t in columns.items()} | ({"picture": datasets.Image()} if images else {}))
-    def picture(name): file = find_image(images, name); return {"path": file.name if embed else str(file.resolve()), "bytes": file.read_bytes() if embed else None}
+    def picture(name): file = files[name]; return {"path": file.name if embed else str(file.resolve()), "bytes": file.read_bytes() if embed else None}
     def generate():
         for r in flat:
             cells = {k: str(r[k]) if t == "string" and r.get(k) is not None else r.get(k) for k, t in columns.items()}
