@@ -7,7 +7,7 @@
 SeVa's way is one row at a time and one view at a time: open the image, process it, add noise, generate with batch size 1. The two
 ways take turns, so that both see the same machine; the ratio of each round is what counts. Exit code 1 if the ratio is below --least.
 """
-import argparse, json, statistics, sys, tempfile, time
+import argparse, os, platform, statistics, sys, tempfile, time
 from pathlib import Path
 
 def sevas_way(model, processor, questions, images, views, max_new_tokens, seed):
@@ -60,6 +60,13 @@ def compare(model, processor, questions, images, args):
     return {"rows": n, "rows_seva": len(one), "seva_rows_per_s": round(statistics.median(times["seva"]), 1), "tita_rows_per_s": round(statistics.median(times["tita"]), 1),
         "ratio": round(statistics.median(ratios), 2), "ratios": [round(r, 2) for r in ratios], "equal_answers": sum(many[k] == v for k, v in one.items()), "compared": len(one)}
 
+def machine():
+    "What the figures were taken on: processor, cores, GPU, and how busy it was with other things."
+    import torch
+    try: cpu = next(l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
+    except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
+    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)}
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", help="folder or hub name [default: base and reward of the embedded world]"); p.add_argument("--questions"); p.add_argument("--images")
@@ -75,7 +82,7 @@ def main():
     from tita.world import world_folder
     least = args.least or (8 if torch.cuda.is_available() else 3)
     if args.model and not (args.questions and args.images): p.error("--model needs --questions and --images")
-    results = {}
+    results, where = {}, machine()
     with tempfile.TemporaryDirectory() as tmp:
         questions, images = (read_questions(args.questions)[:args.rows], Path(args.images)) if args.questions else (world_rows(args.rows, Path(tmp)), Path(tmp))
         models = {args.model: args.model} if args.model else {f"world {n}": world_folder()/"seed0"/n for n in ("base", "reward")}
@@ -84,7 +91,7 @@ def main():
                 results[name] = compare(load_vlm(folder, dtype=args.dtype), load_processor(folder), questions, images, args); r = results[name]
                 print(f"{name}: SeVa's way {r['seva_rows_per_s']} rows/s, tita {r['tita_rows_per_s']} rows/s, ratio {r['ratio']} {r['ratios']}; {r['equal_answers']} of {r['compared']} answers equal", flush=True)
         except TitaError as e: sys.exit(f"error: {e}")
-    if args.out: write_json(args.out, {"results": results, "threads": torch.get_num_threads(), "device": "cuda" if torch.cuda.is_available() else "cpu", "views": args.views, "batch_size": args.batch_size, "run": run_info()})
+    if args.out: write_json(args.out, {"results": results, "machine": where, "views": args.views, "batch_size": args.batch_size, "run": run_info()})
     if slow := [n for n, r in results.items() if r["ratio"] < least]: sys.exit(f"below {least}: {', '.join(slow)}")
 
 if __name__ == "__main__": main()

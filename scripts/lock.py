@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write scripts/requirements.lock: the exact version of everything that settings.ini asks for, for every Python we support.
+"""Write scripts/requirements.lock: the exact version of everything that settings.ini asks for (but the extras in `unlocked`), for every
+Python we support.
 
     python scripts/lock.py [--upgrade]
 
@@ -46,7 +47,8 @@ def compile_lock(
 def main():
     cfg = settings(scripts.parent/"settings.ini")
     before = lock.read_text() if lock.exists() else ""
-    wanted = [r for k, v in cfg.items() if k.endswith("requirements") for r in v.split()]
+    loose = {f"{name}_requirements" for name in cfg.get("unlocked", "").split()}
+    wanted = [r for k, v in cfg.items() if k.endswith("requirements") and k not in loose for r in v.split()]
     lines = compile_lock([*wanted, torch], cfg["min_python"], *sys.argv[1:])
     text = HEADER.format(low=cfg["min_python"], high=cfg["max_python"]) + "\n".join(lines) + "\n"
     if m := foreign.search("\n".join(lines)):

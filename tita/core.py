@@ -182,8 +182,8 @@ class JsonlWriter:
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
 
-# %% ../nbs/00_core.ipynb #7fa58768
-IMAGE_SUFFIXES = ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"
+# %% ../nbs/00_core.ipynb #58388bba
+IMAGE_SUFFIXES = ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".JPG", ".JPEG", ".PNG"
 
 def image_path(
     root: str | Path, # the image folder

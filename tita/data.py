@@ -10,13 +10,13 @@ __all__ = ['app', 'Images', 'Out', 'Seed', 'ENGINES', 'Engine', 'Model', 'Views'
            'annotate_command', 'fuse_with_server', 'pairs_command', 'read_scored', 'read_any', 'convert',
            'convert_command', 'main']
 
-# %% ../nbs/15_data.ipynb #9effe90e
+# %% ../nbs/15_data.ipynb #0f7feba5
 import json, sys
 from pathlib import Path
 from typing import Annotated
 import typer
 from .core import TitaError, cli, read_jsonl, seed_for, write_json
-from .sources import SOURCES, check_questions_file, find_image, pair_rows, question_rows, read_answers, read_pairs, read_questions, read_rows, sample_questions, write_jsonl, write_parquet
+from .sources import SOURCES, check_questions_file, find_image, question_rows, read_answers, read_pairs, read_questions, read_rows, sample_questions, write_jsonl, write_parquet
 
 # %% ../nbs/15_data.ipynb #403ca334
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -60,11 +60,11 @@ def questions_command(
     if missing: print(f"{missing} questions have no image in {images}; tita-data check {out} {images} lists them")
     print(f"next: tita-data check {out} IMAGES")
 
-# %% ../nbs/15_data.ipynb #57771bfa
+# %% ../nbs/15_data.ipynb #23378e82
 @app.command("check")
 @cli
 def check_command(
-    questions: _arg(Path, "question file"), images: _arg(Path, "image folder"),
+    questions: _arg(Path, "question file; or one of answers or pairs"), images: _arg(Path, "image folder"),
     most: _opt(int, "show only the first so many lines that are wrong", "--max") = 50,
 ):
     "Read every row and open every image; exit code 1 and line numbers if anything is wrong."
@@ -109,7 +109,7 @@ def build_engine(
     folder = model_folder(model)
     return g.LocalEngine(load_vlm(folder, dtype=dtype, device=device), load_processor(folder), images, names, batch_size=batch_size, model_name=short_name(model), **settings)
 
-# %% ../nbs/15_data.ipynb #c6bf1089
+# %% ../nbs/15_data.ipynb #5e68456d
 def parse_shard(
     shard: str | None, # "I/N"
 ) -> tuple: # I, N
@@ -119,13 +119,22 @@ def parse_shard(
     if not (i.isdigit() and n.isdigit() and int(i) < int(n)): raise TitaError(f"--shard {shard!r} is not I/N with I from 0 to N-1; write for instance 0/4")
     return int(i), int(n)
 
-def finish(count: dict, out: Path):
-    "Say what was done; exit code 1 if rows failed."
+def finish(
+    count: dict, # of `tita.generate.run_engine`
+    out: Path, # what was written
+    places: dict | None = None, # question_id -> file and line
+    most: int = 10, # failed questions to show
+):
+    "Say what was done and what failed, and where; exit code 1 if anything did."
     from tita.generate import beside
     print(f"{count['answered']} rows written to {out}, {count['already']} were there already, {count['failed']} failed")
-    if count["failed"]:
-        print(f"reasons: {beside(out, 'errors.jsonl')}; the same command again tries them again")
-        raise typer.Exit(1)
+    if not count["failed"]: return
+    errors, why = beside(out, "errors.jsonl"), {}
+    for r in read_jsonl(errors): why.setdefault(r["question_id"], r["error"])
+    for q, reason in list(why.items())[:most]: print(f"{(places or {}).get(q, q)}: {reason}")
+    if len(why) > most: print(f"... and {len(why) - most} more questions")
+    print(f"reasons: {errors}; the same command again tries them again")
+    raise typer.Exit(1)
 
 # %% ../nbs/15_data.ipynb #19f24e10
 Engine, Model = _opt(str, "transformers, openai (a server) or ray (a cluster)"), _opt(str, "model folder, hub name, world, or the server's name for it")
@@ -138,7 +147,7 @@ Actors, Gpus = _opt(int, "with ray: copies of the model", min=1), _opt(float, "w
 Shard, Device, Dtype = _opt(str, "I/N: answer only this part of the images"), _opt(str, "cpu, cuda, or auto to spread the model"), _opt(str, "auto, float32, bfloat16")
 SkipBad = _opt(bool, "leave out lines that are no questions, and say which", "--skip-bad")
 
-# %% ../nbs/15_data.ipynb #01ba834d
+# %% ../nbs/15_data.ipynb #4ec7d407
 def _skipper(path, skip):
     "What to do with bad lines: collect them, or None to stop at the first."
     lines = []
@@ -154,7 +163,7 @@ def generate_command(
     actors: Actors = 1, gpus: Gpus = 0., device: Device = None, dtype: Dtype = "auto",
 ):
     "Answer every question on every view. The same command again continues where it was stopped."
-    bad, left_out = _skipper(questions, skip_bad); rows = read_questions(questions, bad); part, of = parse_shard(shard)
+    bad, left_out = _skipper(questions, skip_bad); placed = list(read_rows(questions, question_rows, bad=bad)); rows = [r for _, r in placed]; part, of = parse_shard(shard)
     if samples > 1 and not temperature: raise TitaError(f"{samples} greedy samples would be equal; give --temperature, for instance 1.2")
     if not images.is_dir(): raise TitaError(f"{images}: no such image folder; check the path")
     from tita.generate import plan_answers, run_engine
@@ -162,7 +171,7 @@ def generate_command(
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed); names = sorted({r["image"] for r in rows if r["image"]})
     who = build_engine(engine, model, images, names, settings, batch_size, base_url, key_env, concurrency, actors, gpus, device, dtype)
     count = run_engine(who, tasks, out, {"engine": engine, "model": short_name(model), "questions": questions.name} | settings)
-    finish(count, out)
+    finish(count, out, {r["question_id"]: f"{questions}:{line}" for line, r in placed})
     if left_out: raise typer.Exit(1)
 
 # %% ../nbs/15_data.ipynb #de3ffd98
@@ -191,7 +200,7 @@ def annotate_command(
     tasks = annotation_tasks(load_answers(answers)); judge = JudgeEngine(Endpoint(base_url, model, key_env, concurrency, retries=retries), images, seed, pause=pause)
     finish(run_engine(judge, tasks, out, {"judge": model, "seed": seed, "prompt": stable_hash(JUDGE)}), out)
 
-# %% ../nbs/15_data.ipynb #e800b14d
+# %% ../nbs/15_data.ipynb #554832fb
 METHODS = "seva", "consensus", "fused", "scored"
 
 def fuse_with_server(
@@ -200,7 +209,7 @@ def fuse_with_server(
     out: Path, # fused answers, resumed
     images: Path, # image folder
     base_url: str, model: str, key_env: str, concurrency: int, # of the server
-) -> list[dict]: # answer rows of the view `fused`
+) -> tuple: # answer rows of the view `fused`, and how many questions failed
     "Fuse answers through an API; what failed is missing and stands in the errors file."
     from tita.core import stable_hash
     from tita.generate import Endpoint, run_engine
@@ -208,9 +217,9 @@ def fuse_with_server(
     if not (base_url and model): raise TitaError("method fused needs --base-url and --model")
     count = run_engine(FusionEngine(Endpoint(base_url, model, key_env, concurrency), images), fusion_tasks(answers, views), out, {"model": model, "views": list(views), "prompt": stable_hash(FUSE)})
     if count["failed"]: print(f"{count['failed']} questions could not be fused: {out.with_suffix('')}.errors.jsonl; the same command again tries them again", file=sys.stderr)
-    return read_jsonl(out)
+    return read_jsonl(out), count["failed"]
 
-# %% ../nbs/15_data.ipynb #22e41e23
+# %% ../nbs/15_data.ipynb #cb40e2f6
 @app.command("pairs")
 @cli
 def pairs_command(
@@ -226,17 +235,19 @@ def pairs_command(
     "Make a preference data set, with a report of what was dropped, a data card and pictures."
     import matplotlib; matplotlib.use("agg")
     from tita import pairs as p
+    failed = 0
     if method not in METHODS: raise TitaError(f"method {method!r} is none of {', '.join(METHODS)}")
     if method == "scored":
         rows = [r for f in answers for r in read_scored(f)]; made, report = p.make_scored_pairs(rows, gap, pick, seed)
     else:
         rows = load_answers(answers); out.mkdir(parents=True, exist_ok=True)
         if method == "consensus": rows += p.fuse_consensus(rows, tuple(fuse)); chosen = "consensus"
-        if method == "fused": rows += fuse_with_server(rows, tuple(fuse), out/"fused.jsonl", images, base_url, model, key_env, concurrency); chosen = "fused"
+        if method == "fused": fused, failed = fuse_with_server(rows, tuple(fuse), out/"fused.jsonl", images, base_url, model, key_env, concurrency); rows += fused; chosen = "fused"
         made, report = p.make_pairs(rows, chosen, tuple(rejected), balance, limit, seed, like)
     p.save_pairs(made, out, images, report, tuple(form), ", ".join(sorted({r["model"] for r in rows if r.get("model")})) or "unknown", seed)
     write_json(out/"report.json", report)
     print("  ".join(f"{k.replace('_', ' ')} {v}" for k, v in report.items())); print(f"data set: {out}, described in {out/'README.md'}")
+    if failed: raise typer.Exit(1)
 
 def read_scored(path: str | Path) -> list[dict]:
     "Scored answer rows of an annotation file. Raises `TitaError` if it is none."
@@ -258,7 +269,7 @@ def read_any(
     if "view" in first: return "answers", read_answers(path)
     return "questions", read_questions(path)
 
-# %% ../nbs/15_data.ipynb #7b5df73c
+# %% ../nbs/15_data.ipynb #2f2b77cf
 def convert(
     source: Path, # file of any format
     out: Path, # file or folder to write
@@ -275,6 +286,10 @@ def convert(
     if to in ("seva", "mllm", "trl") and kind != "pairs": raise TitaError(f"{source}: holds {kind}, and {to} is a format of pairs; make pairs first (tita-data pairs)")
     if to == "llava" and any("answer" not in r for r in rows): raise TitaError(f"{source}: not every row has an answer, which a conversation needs; generate answers first")
     if to == "trl" and not images: raise TitaError("format trl holds the pictures; give --images")
+    if images:
+        try: found = p.found_names(rows, images)
+        except TitaError as e: raise TitaError(f"{source}: {e}; tita-data check {source} {images} says in which lines") from None
+        if to not in ("jsonl", "parquet", "trl"): rows = found
     if to == "parquet": write_parquet(rows, out, images, embed)
     elif to == "jsonl": write_jsonl(out, rows)
     elif to == "trl": p.save_trl(rows, out, images)

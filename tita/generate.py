@@ -592,7 +592,7 @@ def task_chunks(
     size = max(1, min(images, -(-len(groups) // least))); names = list(groups)
     return [json.dumps([t for n in names[i:i + size] for t in groups[n]]) for i in range(0, len(names), size)]
 
-# %% ../nbs/12_generate.ipynb #38c21fae
+# %% ../nbs/12_generate.ipynb #fcaee3b7
 @dataclass
 class RayEngine:
     "Answers with a pool of actors."
@@ -607,7 +607,7 @@ class RayEngine:
         "Answer all tasks: yields lists of answer rows and of error rows."
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try: import ray.data
-        except ImportError: raise TitaError("engine ray is an extra; pip install 'tita[ray]', or use engine transformers") from None
+        except ImportError: raise TitaError("engine ray needs Ray, which is not installed; pip install 'ray[data]', or use engine transformers") from None
         try:
             if started := not ray.is_initialized(): ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except Exception as e: raise TitaError(f"Ray does not start ({str(e).splitlines()[0] if str(e) else type(e).__name__}); is the machine overloaded, or a cluster meant (RAY_ADDRESS)?") from None

@@ -6,15 +6,16 @@
 __all__ = ['SPECIAL', 'FUSE', 'QUALITY', 'STEER', 'CARD', 'FORMATS', 'strip_special', 'normalize', 'seva_text', 'pair_row',
            'join_views', 'seeded_sample', 'yes_no', 'balance_answers', 'make_pairs', 'consensus', 'by_question',
            'fuse_consensus', 'FusionEngine', 'fusion_tasks', 'quality', 'ranked', 'make_scored_pairs', 'make_sft',
-           'make_steerlm', 'to_trl', 'save_trl', 'describe', 'plot_lengths', 'plot_examples', 'card', 'save_pairs']
+           'make_steerlm', 'to_trl', 'save_trl', 'describe', 'plot_lengths', 'plot_examples', 'card', 'found_names',
+           'save_pairs']
 
-# %% ../nbs/13_pairs.ipynb #fef785d3
+# %% ../nbs/13_pairs.ipynb #147baa7b
 import asyncio, json, re, statistics
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from .core import TitaError, run_info, seed_for, write_json, write_text
-from .sources import ATTRIBUTES, to_llava, to_mllm, to_seva, write_jsonl
+from .sources import ATTRIBUTES, find_image, to_llava, to_mllm, to_seva, write_jsonl
 
 # %% ../nbs/13_pairs.ipynb #27a77019
 SPECIAL = re.compile(r"</?s>|<pad>|<unk>|<image>|<\|[a-z_]+\|>|<(?:bos|eos|end_of_turn|start_of_turn)>|\[/?INST\]")
@@ -248,7 +249,7 @@ def make_steerlm(
     return [dict(question_id=f"{r['question_id']}-{r['view']}-{r.get('sample', 0)}", image=r["image"], text=r["text"] + "\n" + STEER.format(attributes=line(r["scores"])), answer=strip_special(r["answer"]))
         for rows in ranked(scored) for r in rows]
 
-# %% ../nbs/13_pairs.ipynb #269dbac0
+# %% ../nbs/13_pairs.ipynb #b9641a6d
 def to_trl(
     row: dict, # pair row
     file: Path | None = None, # its image
@@ -266,7 +267,6 @@ def save_trl(
 ) -> Path: # the folder, for `datasets.load_from_disk`
     "Write the data set that `DPOTrainer` takes as it is."
     import datasets, tempfile
-    from tita.sources import find_image
     if not pairs: raise TitaError(f"{folder}: no pairs to write; the report says where they fell")
     said = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
     features = datasets.Features({"images": [datasets.Image()], "prompt": said, "chosen": said, "rejected": said})
@@ -351,7 +351,15 @@ def card(
     return CARD.format(**d | {"sources": ", ".join(f"{k} ({v})" for k, v in d["sources"].items())}, **d["mean_words"], model=model, seed=seed, time=run["time"],
         commit=run["commit"] or "unknown", report=json.dumps(report), files=files)
 
-# %% ../nbs/13_pairs.ipynb #9f10d8c7
+# %% ../nbs/13_pairs.ipynb #7aeb2d7c
+def found_names(
+    rows: list[dict], # of any kind, with image
+    images: str | Path, # image folder
+) -> list[dict]: # the same with the names of the files that were found
+    "Rows for other projects' code, which opens an image by its name alone. Raises `TitaError` if one is missing."
+    return [r | {"image": find_image(images, r["image"]).relative_to(images).as_posix()} if r["image"] else r for r in rows]
+
+# %% ../nbs/13_pairs.ipynb #d637e289
 FORMATS = {"jsonl": "`pairs.jsonl`: rows of this package", "seva": "`seva.json`: SeVa's training file", "mllm": "`mllm_dpo.json`: mllm-dpo's training file",
            "trl": "`trl/`: `datasets.load_from_disk`, for TRL's `DPOTrainer`"}
 
@@ -366,12 +374,13 @@ def save_pairs(
 ) -> Path: # the folder
     "Write a pair set in every format, with its card and pictures."
     import matplotlib.pyplot as plt
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
     if wrong := [f for f in formats if f not in FORMATS]: raise TitaError(f"format {wrong[0]!r} is none of {', '.join(FORMATS)}")
     if not pairs: raise TitaError(f"no pairs are left: {json.dumps(report)}; look at the step that dropped them")
+    found = found_names(pairs, images); folder.mkdir(parents=True, exist_ok=True)
     if "jsonl" in formats: write_jsonl(folder/"pairs.jsonl", pairs)
-    if "seva" in formats: write_json(folder/"seva.json", list(map(to_seva, pairs)))
-    if "mllm" in formats: write_json(folder/"mllm_dpo.json", list(map(to_mllm, pairs)))
+    if "seva" in formats: write_json(folder/"seva.json", list(map(to_seva, found)))
+    if "mllm" in formats: write_json(folder/"mllm_dpo.json", list(map(to_mllm, found)))
     if "trl" in formats: save_trl(pairs, folder/"trl", images)
     for name, fig in ("lengths", plot_lengths(pairs)), ("examples", plot_examples(pairs, images)): fig.savefig(folder/f"{name}.png"); plt.close(fig)
     write_text(folder/"README.md", card(pairs, report, model, seed, "\n".join(f"- {FORMATS[f]}" for f in formats) + "\n"))

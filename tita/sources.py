@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .core import TitaError, image_path, iter_jsonl, open_image, progress, seed_for, stable_hash, write_text
 
-# %% ../nbs/10_sources.ipynb #82566ecd
+# %% ../nbs/10_sources.ipynb #3457a0fa
 def _pieces(f, size=1 << 16):
     "Pairs of line number and bytes, no longer than `size`, without a byte-order mark."
     if f.read(3) != b"\xef\xbb\xbf": f.seek(0)
@@ -29,18 +29,21 @@ def iter_array(
 ): # pairs of line number, where the object ends, and object
     "Walk through a JSON array without loading it. Raises `TitaError` naming file and line."
     import ijson
-    path = Path(path); items = ijson.sendable_list(); parser = ijson.items_coro(items, "item", use_float=True); n = 1
+    path = Path(path); items = ijson.sendable_list(); parser = ijson.items_coro(items, "item", use_float=True); n, k = 1, 0
     with open(path, "rb") as f:
         for n, raw in _pieces(f):
+            wrong = None
             try: parser.send(raw)
-            except ijson.JSONError as e: raise TitaError(f"{path}:{n}: not JSON ({str(e).splitlines()[0]}); mend the file") from None
-            except UnicodeDecodeError: raise TitaError(f"{path}:{n}: not UTF-8 text; save the file as UTF-8") from None
-            for item in items:
-                if not isinstance(item, dict): raise TitaError(f"{path}:{n}: the array holds a {type(item).__name__}, not an object; mend the file")
+            except ijson.JSONError as e: why = e.args[0].decode("utf-8", "replace") if e.args and isinstance(e.args[0], bytes) else str(e); wrong = f"not JSON ({why.splitlines()[0]}); mend the file"
+            except UnicodeDecodeError: wrong = "not UTF-8 text; save the file as UTF-8"
+            for k, item in enumerate(items, k + 1):
+                if not isinstance(item, dict): raise TitaError(f"{path}:{n}: record {k} is of type {type(item).__name__}, not an object; mend the file")
                 yield n, item
             items.clear()
+            if wrong: raise TitaError(f"{path}:{n}: after record {k}: {wrong}")
         try: parser.close()
-        except ijson.JSONError: raise TitaError(f"{path}:{n}: the JSON array breaks off here; the file is incomplete, copy or download it again") from None
+        except ijson.JSONError: raise TitaError(f"{path}:{n}: the JSON array breaks off here, after record {k}; the file is incomplete, copy or download it again") from None
+    if not k: raise TitaError(f"{path}: the array is empty; look at the step that wrote it")
 
 # %% ../nbs/10_sources.ipynb #a6a09dea
 def iter_records(
@@ -136,23 +139,26 @@ def _pick(r, source, i, per_image, seed, place):
     kept = sorted(heapq.nsmallest(n, range(len(turns)), key=lambda k: seed_for("question", seed, source, r["image"], i, k)))
     return [dict(question_id=f"{source}-{i}-{k}", image=r["image"], text=clean_question(turns[k][1], kind.short), source=source) for k in kept]
 
-# %% ../nbs/10_sources.ipynb #40ff1bbf
+# %% ../nbs/10_sources.ipynb #a82615f5
 def question_rows(
     record: dict, # of any of the formats
 ) -> list[dict]: # question rows; question_id only where the record has one
     "The questions of one record. Raises `TitaError` if it holds none."
+    image = record.get("image", record.get("image_id")); image = str(image) if isinstance(image, int) else image
+    if not isinstance(image, (str, type(None))): raise TitaError(f"image is a {type(image).__name__}; name one image, or write null for a question without one")
     if "conversations" in record:
-        name = record.get("question_id", record.get("id")); turns = turn_pairs(as_turns(record["conversations"]))
+        key = "question_id" if "question_id" in record else "id"; turns = turn_pairs(as_turns(record["conversations"]))
         if not turns: raise TitaError("a conversation without a human turn; mend the record")
-        return [dict({"question_id": f"{name}-{k}"} if name is not None else {}, image=record.get("image"), text=clean_question(q), **({} if a is None else {"answer": a})) for k, q, a in turns]
-    row = {"image": record.get("image", record.get("image_id"))} | {k: v for k, v in record.items() if k not in ("image_id", "question", "prompt")}
-    text = next((record[k] for k in ("text", "question", "prompt") if isinstance(record.get(k), str)), None)
+        return [dict({key: f"{record[key]}-{k}"} if key in record else {}, image=image, text=clean_question(q), **({} if a is None else {"answer": a})) for k, q, a in turns]
+    row = {"image": image} | {k: v for k, v in record.items() if k not in ("image", "image_id", "question", "prompt")}
+    text = next((record[k] for k in ("text", "question", "prompt") if record.get(k) is not None), None)
     if text is None: raise TitaError(f"no key 'text' (found: {', '.join(record) or 'none'})")
+    if not isinstance(text, str): raise TitaError(f"the question is a {type(text).__name__}; write a text")
     if "image" not in record and "image_id" not in record: raise TitaError(f"no key 'image' (found: {', '.join(record)}); write null for a question without one")
     if not text.strip(): raise TitaError("the question is empty")
     return [row | {"text": clean_question(text)}]
 
-# %% ../nbs/10_sources.ipynb #4f4ff4ca
+# %% ../nbs/10_sources.ipynb #02ee03d6
 def with_ids(
     placed, # pairs of line number and row
     path: str | Path, # for messages
@@ -160,22 +166,22 @@ def with_ids(
     bad=None, # called with (line, text, reason) for an id that is used twice; None: raise
     unique: tuple = ("question_id",), # keys that no two rows may share
 ): # pairs of line number and row, with question_id
-    "Give rows that have no id one made of their content."
+    "Give rows that have no question_id one: their `id`, which others may share, or a hash of their content."
     first, again = {}, Counter() # of 64-bit hashes: a file may have millions of rows
     for line, row in placed:
-        if row.get("question_id") is None:
-            h = stable_hash(*(row.get(k) for k in content)); again[h] += 1
-            row["question_id"] = h if again[h] == 1 else f"{h}-{again[h]}"
+        if made := row.get("question_id") is None:
+            name = row.pop("id", None); name = name if isinstance(name, (str, int)) else stable_hash(*(row.get(k) for k in content)); h = hash(name); again[h] += 1
+            row["question_id"] = name if again[h] == 1 else f"{name}-{again[h]}"
         row = {"question_id": row["question_id"]} | row; told = None
         if not isinstance(row["question_id"], (str, int)): told = f"question_id is a {type(row['question_id']).__name__}; give a text or a whole number"
         elif (key := hash(tuple(row.get(k) for k in unique))) in first: told = f"question_id {row['question_id']!r} is there twice (first in line {first[key]}); ids must differ"
         if told:
             if bad is None: raise TitaError(f"{path}:{line}: {told}")
             bad(line, json.dumps(row, ensure_ascii=False), told); continue
-        first[key] = line
+        if not made: first[key] = line
         yield line, row
 
-# %% ../nbs/10_sources.ipynb #2a930dec
+# %% ../nbs/10_sources.ipynb #efdb5cf3
 def read_rows(
     path: str | Path, # JSON array, JSON Lines or Parquet
     convert, # a record -> its rows
@@ -185,11 +191,14 @@ def read_rows(
 ): # pairs of line number and row, with question_id
     "Read a file of any of the formats. Raises `TitaError` naming file and line."
     def rows():
-        for line, record in iter_records(path, bad):
+        last = 0
+        for k, (line, record) in enumerate(iter_records(path, bad), 1):
             try: converted = convert(record)
             except TitaError as e:
-                if bad is None: raise TitaError(f"{path}:{line}: {e}") from None
-                bad(line, json.dumps(record, ensure_ascii=False), str(e)); continue
+                told = f"record {k}: {e}" if line == last else str(e)
+                if bad is None: raise TitaError(f"{path}:{line}: {told}") from None
+                bad(line, json.dumps(record, ensure_ascii=False), told); continue
+            finally: last = line
             yield from ((line, row) for row in converted)
     return with_ids(rows(), path, content, bad, unique)
 
@@ -210,7 +219,7 @@ def read_answers(
         row = question_rows(r)[0]; return [row | {"view": row.get("view", view)}]
     return [row for _, row in read_rows(path, convert, bad=bad, unique=("question_id", "view", "sample"))]
 
-# %% ../nbs/10_sources.ipynb #b97c64e9
+# %% ../nbs/10_sources.ipynb #cb65b6ec
 ATTRIBUTES = "helpfulness", "correctness", "coherence", "complexity", "verbosity"
 _LOGPS = {"ref_win_logp": "ref_chosen_logp", "ref_rej_logp": "ref_rejected_logp"}
 
@@ -235,7 +244,7 @@ def pair_rows(
 
 def read_pairs(path: str | Path, bad=None) -> list[dict]:
     "Pair rows of a file of any of the formats; see `read_rows`."
-    return [row | {"source": row.get("source", Path(path).stem)} for _, row in read_rows(path, pair_rows, ("image", "prompt", "chosen", "rejected"), bad)]
+    return [row | {"source": row.get("source", Path(path).stem)} for _, row in read_rows(path, pair_rows, ("image", "prompt", "chosen", "rejected"), bad, ("question_id", "source", "sample"))]
 
 # %% ../nbs/10_sources.ipynb #9350905e
 def to_seva(row: dict) -> dict:
@@ -255,7 +264,7 @@ def to_llava(row: dict) -> dict:
     "A question row with an answer as LLaVA's conversation."
     return {"id": row["question_id"], "image": row["image"], "conversations": [{"from": "human", "value": ("<image>\n" if row["image"] else "") + row["text"]}, {"from": "gpt", "value": row["answer"]}]}
 
-# %% ../nbs/10_sources.ipynb #8dedf53d
+# %% ../nbs/10_sources.ipynb #15d0d2f5
 def find_image(
     root: str | Path, # the image folder
     name: str, # as the question has it
@@ -263,7 +272,7 @@ def find_image(
     "An image by its name, also where a project's own layout or extension differs. Raises `TitaError` if it is missing or outside."
     tail = name.rsplit("/", 1)[-1] if isinstance(name, str) else ""; source = SOURCES.get(source_of(name))
     error = None
-    usual = [f"{top}{folder}/{tail}" for folder in (source.folders if source else ()) for top in ("", "data/", "playground/data/")]
+    usual = [f"{top}{place}" for place in (name, *(f"{folder}/{tail}" for folder in source.folders)) for top in ("", "data/", "playground/data/")] if source else []
     for cand in dict.fromkeys([name, *usual, *([tail] if tail else [])]):
         try: return image_path(root, cand)
         except TitaError as e:
@@ -280,9 +289,9 @@ def check_image(root: str | Path, name: str) -> tuple:
     except TitaError as e: return next((kind for words, kind in KINDS.items() if words in str(e)), "missing"), str(e)
     except OSError as e: return "unreadable", f"{name}: {e.strerror}"
 
-# %% ../nbs/10_sources.ipynb #2641ebac
+# %% ../nbs/10_sources.ipynb #b8168c46
 def check_questions_file(
-    path: str | Path, # question file
+    path: str | Path, # file of questions, answers or pairs
     root: str | Path, # image folder
 ) -> tuple: # counts, and (line, kind, reason) of everything that is wrong
     "Read every row and open every image."
@@ -290,7 +299,8 @@ def check_questions_file(
     counts = Counter(dict.fromkeys("rows images found missing unreadable truncated escapes bad_rows".split(), 0)); wrong, known = [], {}
     def bad(line, text, reason): counts["bad_rows"] += 1; wrong.append((line, "bad row", reason))
     try:
-        for line, row in progress(read_rows(path, question_rows, bad=bad), desc="check", unit="row"):
+        rows = read_rows(path, lambda r: pair_rows(r) if "chosen" in r else question_rows(r), bad=bad, unique=("question_id", "source", "sample", "view"))
+        for line, row in progress(rows, desc="check", unit="row"):
             counts["rows"] += 1
             if (name := row["image"]) is None: continue
             if name not in known: known[name] = check_image(root, name); counts["images"] += 1; counts[known[name][0] or "found"] += 1
@@ -312,7 +322,7 @@ def _columns(rows):
     names = {bool: "bool", int: "int64", float: "float64"}
     return {k: "float64" if t == {int, float} else names.get(next(iter(t), str), "string") if len(t) < 2 else "string" for k, t in kinds.items()}
 
-# %% ../nbs/10_sources.ipynb #45f3de1e
+# %% ../nbs/10_sources.ipynb #799e0d0b
 def write_parquet(
     rows: list[dict], # of any kind
     path: str | Path, # .parquet
@@ -322,9 +332,9 @@ def write_parquet(
     "Write rows for `datasets`, with pictures embedded, referenced or named."
     import datasets
     if not rows: raise TitaError(f"{path}: no rows to write; look at the report of the step before")
-    flat = [_flat(r) for r in rows]; columns = _columns(flat)
+    flat = [_flat(r) for r in rows]; columns = _columns(flat); files = {name: find_image(images, name) for name in {r.get("image") for r in rows} if name} if images else {}
     features = datasets.Features({k: datasets.Value(t) for k, t in columns.items()} | ({"picture": datasets.Image()} if images else {}))
-    def picture(name): file = find_image(images, name); return {"path": file.name if embed else str(file.resolve()), "bytes": file.read_bytes() if embed else None}
+    def picture(name): file = files[name]; return {"path": file.name if embed else str(file.resolve()), "bytes": file.read_bytes() if embed else None}
     def generate():
         for r in flat:
             cells = {k: str(r[k]) if t == "string" and r.get(k) is not None else r.get(k) for k, t in columns.items()}
