@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer
 from tita.dpo import PrefixSharedDPOConfig, PrefixSharedDPOTrainer
 from tita.world import make_scenes, tiny_pair
 
+ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = "what is it ?", "is there a red square in this image ?", "say"
 ANSWERS = "a red square", "it is blue", "yes", "no there is none in it at all", "blue"
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }} {% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -78,7 +79,7 @@ def compare(build, tmp_path, lora=False, share="image", tower=False, **settings)
     with torch.no_grad():
         g = torch.Generator().manual_seed(1)
         for p in policy.parameters(): p += 0.02 * torch.randn(p.shape, generator=g)
-    usual = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], per_device_train_batch_size=8, **settings)
+    usual = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], per_device_train_batch_size=8) | settings
     peft = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False) if lora else None
     data, ours_model, ref = as_dataset(rows()), copy.deepcopy(policy), None if lora else model
     if not tower:
@@ -103,7 +104,7 @@ def test_equals_trl(build, lora, tmp_path): compare(build, tmp_path, lora)
 
 
 @pytest.mark.parametrize("settings", [dict(share="pair"), dict(share="none"), dict(tower=True), dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
-    dict(loss_type=["ipo"]), dict(loss_type=["sigmoid_norm", "hinge"]), dict(use_weighting=True), dict(ld_alpha=0.5), dict(f_divergence_type="js_divergence")], ids=str)
+    dict(loss_type=["ipo"]), dict(loss_type=["sigmoid_norm", "hinge"]), dict(use_weighting=True), dict(ld_alpha=0.5), dict(f_divergence_type="js_divergence"), dict(gradient_checkpointing=True)], ids=str)
 def test_settings_equal_trl(settings, tmp_path): compare(tiny_llava, tmp_path, **settings)
 
 
@@ -148,7 +149,7 @@ def start(argv, launcher=(), **env):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-def finish(process, timeout=900):
+def finish(process, timeout=3600):
     text, _ = process.communicate(timeout=timeout)
     return process.returncode, text
 
@@ -159,7 +160,7 @@ def weights(folder): return load_file(folder / "model.safetensors")
 def losses(folder): return [h["loss"] for h in json.loads((folder / "metrics.json").read_text())["history"]]
 
 
-def wait_for(path, process, timeout=300):
+def wait_for(path, process, timeout=3600):
     end = time.time() + timeout
     while not path.exists():
         assert process.poll() is None and time.time() < end, process.communicate()[0]
@@ -199,6 +200,59 @@ def test_command_line_tells_mistakes(folder, capsys):
         with pytest.raises(SystemExit) as exit: main(flags(folder, f"bad{i}", *flag))
         text = capsys.readouterr().err
         assert exit.value.code == 2 and why in text and "error: " in text, (flag, text)
+
+
+def test_processors_and_models_that_do_not_see(tmp_path):
+    "A tokenizer without the image token, and a model without a vision tower."
+    from tita.core import TitaError
+    from tita.train import train_dpo
+    model, processor = tiny_llava(); pairs = [dict(image=Image.new("RGB", (8, 8)), prompt="?", chosen="yes", rejected="no")]; settings = dict(output_dir=tmp_path / "run", max_steps=1, report_to="none", use_cpu=True, overwrite=True)
+    words = {w: i for i, w in enumerate(w for w in processor.tokenizer.get_vocab() if w != "<image>")}
+    blind = copy.deepcopy(processor); tok = Tokenizer(models.WordLevel(words, unk_token="<unk>")); tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit(); blind.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
+    with pytest.raises(TitaError, match="does not know the image token '<image>'"): train_dpo(model, blind, pairs, **settings)
+    from transformers import LlamaConfig, LlamaForCausalLM
+    text = LlamaForCausalLM(LlamaConfig(vocab_size=len(words) + 1, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(TitaError, match="no vision tower"): train_dpo(text, processor, pairs, **settings)
+    with pytest.raises(TitaError, match="no processor"): train_dpo(model, processor.tokenizer, pairs, **settings)
+    with pytest.raises(TitaError, match="no pairs|empty"): train_dpo(model, processor, [], **settings)
+
+
+# what the seeds' scripts say: method, and settings by their names here
+SEVA = dict(learning_rate=2e-6, beta=0.1, num_train_epochs=2, per_device_train_batch_size=16, lr_scheduler_type="cosine", warmup_steps=0, lora_r=1024, lora_alpha=2048, freeze_projector=True, freeze_vision=True, deepspeed="zero3", max_length=2048)
+MLLM = dict(learning_rate=4e-4, projector_lr=2e-5, num_train_epochs=3, lora_r=128, lora_alpha=256, freeze_vision=True, freeze_projector=False, deepspeed="zero3")
+PUBLISHED = dict(tita=("dpo", SEVA | dict(per_device_train_batch_size=8, use_peft=False, freeze_projector=False, deepspeed="zero3_offload", lora_r=None, lora_alpha=None)), seva_7b_diffusion500=("dpo", SEVA), seva_7b_diffusion800=("dpo", SEVA),
+    mllm_dpo_13b=("dpo", MLLM | dict(learning_rate=5e-5, beta=0.1)), mllm_sft_13b=("sft", MLLM), mllm_rejection_sampling_13b=("sft", MLLM), mllm_steerlm_13b=("sft", MLLM))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings(name, tmp_path):
+    "Each YAML is read by tita-train as it stands (but for what only a GPU has), and says what was published."
+    import yaml
+    from tita.train import parse
+    method, wanted = PUBLISHED[name]; there = yaml.safe_load((ROOT / f"scripts/params/{name}.yaml").read_text())
+    assert (ROOT / there["deepspeed"]).exists() and Path(there.pop("deepspeed")).stem == wanted["deepspeed"] and there["bf16"] and there["gradient_checkpointing"]
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(there | dict(bf16=False, tf32=False)))
+    data, args, model = parse(method, ["--config", str(tmp_path / "p.yaml"), "--pairs", "a.jsonl", "--images", "images"])
+    for key, value in wanted.items():
+        if key != "deepspeed" and value is not None: assert getattr(args, key, getattr(model, key, None)) == value, key
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == wanted.get("per_device_train_batch_size", 32) and data.chat_template == "v1" and model.use_peft == wanted.get("use_peft", True)
+
+
+@pytest.mark.parametrize("script,env,wanted", [
+    ("run_dpo.sh", dict(LAUNCHER="deepspeed"), "deepspeed --include localhost:0,1,2,3 --no_python tita-train dpo"), ("run_dpo.sh", dict(LAUNCHER="torchrun", GPUS="2,3"), "torchrun --standalone --nproc_per_node 2 --no-python tita-train dpo"),
+    ("run_dpo.sh", dict(LAUNCHER="accelerate", METHOD="sft"), "accelerate launch --multi_gpu --num_processes 4 --no_python tita-train sft"),
+    ("slurm_dpo.sh", dict(SLURM_JOB_ID="7", SLURM_JOB_NODELIST="node[1-2]", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="4", SLURM_CPUS_PER_TASK="32", SLURM_RESTART_COUNT="1"),
+        "srun --kill-on-bad-exit=1 torchrun --nnodes 2 --nproc_per_node 4 --rdzv_id 7 --rdzv_backend c10d --rdzv_endpoint node1:29500 --no-python tita-train dpo")], ids=["deepspeed", "torchrun", "accelerate", "slurm"])
+def test_launchers(script, env, wanted, tmp_path):
+    "What the scripts start, with programs that only say how they were called."
+    (tmp_path / "bin").mkdir(); (tmp_path / "scripts/params").mkdir(parents=True); (tmp_path / "scripts/params/tita.yaml").write_text(""); (tmp_path / "scripts" / script).write_text((ROOT / "scripts" / script).read_text())
+    for name in ("deepspeed", "torchrun", "accelerate", "srun", "tita-train"): (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n"); (tmp_path / "pairs.jsonl").write_text(""); (tmp_path / "pictures").mkdir()
+    for p in (tmp_path / "bin").iterdir(): p.chmod(0o755)
+    command = lambda **more: subprocess.run(["bash", tmp_path / "scripts" / script, "--beta", "0.2"], env=dict(PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin", PAIRS="pairs.jsonl", IMAGES="pictures") | env | more, capture_output=True, text=True)
+    run = command(); assert run.returncode == 0, run.stderr
+    assert run.stdout.strip().startswith(wanted) and "--config scripts/params/tita.yaml --pairs pairs.jsonl --images pictures" in run.stdout and "--beta 0.2" in run.stdout and ("--resume" in run.stdout) == (script == "slurm_dpo.sh")
+    if script == "run_dpo.sh": assert command(PAIRS="none.jsonl").returncode == 2 and "none.jsonl is missing" in command(PAIRS="none.jsonl").stderr and command(LAUNCHER="mpi").returncode == 2
 
 
 @pytest.mark.parametrize("mode", ["P", "CMYK", "I;16", "LA", "1"])

@@ -78,15 +78,21 @@ def mention_rewards(
     words = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, sorted(objects, key=len, reverse=True))) + r")(?!\w)", re.I)
     return [(m[0].lower(), float(sum(r for r, a, b in zip(found["rewards"], ends, ends[1:]) if a < m.end() and b > m.start()))) for m in words.finditer(decode(found["tokens"]))]
 
-# %% ../nbs/48_reward.ipynb #3e619508
+# %% ../nbs/48_reward.ipynb #1e56ac42
 def mention_auc(
     rewards, # of `answer_rewards`
     truths, # per row, the names of what is there
     processor, objects, # as in `mention_rewards`
     answer: str="answer", # which of the answers are captions
-) -> dict: # auc, curve (false and true positive rates), right and invented: rewards of the mentions
-    "Do invented objects get the lower token reward?"
-    mentions = [(r, name in truth) for row, truth in zip(rewards, truths) for name, r in mention_rewards(row[answer], processor, objects)]
-    value, there = np.array([m for m, _ in mentions]), np.array([t for _, t in mentions], bool)
+    n: int=500, # resamples of whole rows, for the interval
+) -> dict: # auc with low and high (95%), curve (false and true positive rates), right and invented: rewards of the mentions
+    "Do invented objects get the lower token reward? Raises `TitaError` if no mention is right, or none is invented."
+    mentions = [[(r, name in truth) for name, r in mention_rewards(row[answer], processor, objects)] for row, truth in zip(rewards, truths, strict=True)]
+    def split(rows): return [np.array(x) for x in zip(*(m for row in rows for m in row))] or [np.zeros(0), np.zeros(0, bool)]
+    (value, there), rng, drawn = split(mentions), np.random.default_rng(0), []
     fpr, tpr, auc = roc(value, there)
-    return dict(auc=auc, curve=(fpr, tpr), right=value[there], invented=value[~there])
+    for _ in range(n):
+        v, t = split([mentions[i] for i in rng.integers(0, len(mentions), len(mentions))])
+        if len(v) and 0 < t.sum() < len(t): drawn.append(roc(v, t)[2])
+    low, high = np.quantile(drawn, [.025, .975]).tolist() if drawn else (float("nan"),) * 2
+    return dict(auc=auc, low=low, high=high, curve=(fpr, tpr), right=value[there], invented=value[~there])

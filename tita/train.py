@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'USAGE', 'V1', 'read_pairs', 'configure', 'mark_whole', 'last_checkpoint', 'claim_run', 'show_progress',
            'dress', 'model_card', 'summary', 'finish_run', 'plain_model', 'load_run', 'check_deepspeed', 'reshard',
-           'told_if_full', 'run_trainer', 'sources_of', 'data_hash', 'train_dpo', 'train_sft', 'train_distill',
-           'DataOptions', 'parse', 'lora', 'load_parts', 'run', 'main']
+           'told_if_full', 'measure_before', 'run_trainer', 'sources_of', 'data_hash', 'train_dpo', 'train_sft',
+           'train_distill', 'DataOptions', 'parse', 'lora', 'load_parts', 'run', 'main']
 
 # %% ../nbs/22_train.ipynb #bf76b496
 import argparse, contextlib, dataclasses, difflib, errno, io, json, os, shutil, sys, time, warnings
@@ -262,7 +262,23 @@ def told_if_full(
         if not full: raise
         raise TitaError(f"no space left on the disk while writing to {out}; free some (or lower --save_total_limit), and run the same command with --resume") from None
 
-# %% ../nbs/22_train.ipynb #9996efad
+# %% ../nbs/22_train.ipynb #24b70ff2
+def measure_before(
+    trainer, # about to train
+    measure, # called with the trainer; gives figures
+    out: Path, # the run's folder, where before.json goes
+):
+    "A callback that measures before the first step."
+    from transformers import TrainerCallback
+    class MeasureBefore(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            if state.global_step: return
+            found = measure(trainer); trainer.model.train()
+            if state.is_world_process_zero: write_json(Path(out)/"before.json", found)
+            _barrier()
+    return MeasureBefore()
+
+# %% ../nbs/22_train.ipynb #fce70605
 def run_trainer(
     build, # makes the trainer
     out: Path, # the run's folder
@@ -280,11 +296,11 @@ def run_trainer(
         trainer = build(); dress(trainer, method.upper(), callbacks)
         ds = (json.loads(Path(trainer.args.deepspeed).read_text()) if isinstance(trainer.args.deepspeed, str) else trainer.args.deepspeed) or {}
         check_deepspeed(trainer.args, trainer.is_deepspeed_enabled, "optimizer" in ds)
-        more = {"before": measure(trainer)} if measure else {}
+        if measure: trainer.add_callback(measure_before(trainer, measure, out))
         last = last_checkpoint(out) if resume else None
         if last and trainer.is_deepspeed_enabled and reshard(last, trainer.args.world_size): trainer.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
         trainer.train(resume_from_checkpoint=last)
-        if measure: more["after"] = measure(trainer)
+        more = dict(before=json.loads((out/"before.json").read_text()), after=measure(trainer)) if measure else {}
     data = dict(rows=len(trainer.train_dataset), images=len(trainer.store), dropped=given - len(trainer.train_dataset), sources=sources)
     with told_if_full(out): metrics = finish_run(trainer, processor, method, data, time.time() - start, more)
     return plain_model(trainer), metrics
@@ -340,7 +356,7 @@ def train_sft(
     trained, metrics = run_trainer(build, out, processor, "sft", sources_of(rows), len(rows), resume, callbacks)
     return trained, metrics["history"]
 
-# %% ../nbs/22_train.ipynb #0f7f26db
+# %% ../nbs/22_train.ipynb #c6ccbdb5
 def train_distill(
     base, # the teacher; or a function that loads it, which is called only if its log-probabilities are not all on disk
     model, processor, # the student, as for `train_dpo`
@@ -365,6 +381,7 @@ def train_distill(
     encoded, _ = fit_rows(encode_rows(rows, store, ("answer",)), store, args.max_length or model.config.get_text_config().max_position_embeddings, args.too_long, ("answer",))
     recorded = TeacherStore(out/"teacher", dict(teacher=teacher, k=args.top_k, data=data_hash(found)), len(encoded))
     if recorded.missing() and int(os.environ.get("RANK", 0)) == 0: record_teacher(base() if callable(base) and not hasattr(base, "config") else base, encoded, store, recorded, args.top_k)
+    while recorded.missing(): time.sleep(1)  # the first process writes them, however long it takes; a barrier would run into its time limit
     held = {n for r in encoded for n in r["image_ids"] if seed_for("held out", n) % 1000 < 1000 * args.held_out}
     data = Dataset.from_list([r | {"index": i} for i, r in enumerate(encoded)])
     train, test = (data.filter(lambda r: bool(held & set(r["image_ids"])) == side) for side in (False, True))
