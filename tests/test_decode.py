@@ -177,12 +177,12 @@ def ten_words():
 
 
 @torch.no_grad()
-def joint(models, processor, guidance, image, question):
-    "Probabilities of all 10 x 10 x 10 answers."
+def joint(models, processor, guidance, image, question, seed):
+    "Probabilities of all 10 x 10 x 10 answers; `seed` is of the noise of `contrast`, which `generate` takes from its own."
     x = processor(text=chat_prompt(processor, question), images=image, return_tensors="pt"); n = x["input_ids"].shape[1]
     answers = torch.tensor(list(itertools.product(range(10), repeat=3))); ids = torch.cat([x["input_ids"].expand(1000, -1), answers], 1); logits = []
     for i, m in enumerate(models):
-        px = diffusion_noise(x["pixel_values"], 500, seeds=[0]) if guidance.form == "contrast" and i == 1 else x["pixel_values"]
+        px = diffusion_noise(x["pixel_values"], 500, seeds=[seed]) if guidance.form == "contrast" and i == 1 else x["pixel_values"]
         feats = torch.cat(m.get_image_features(px).pooler_output); e = m.get_input_embeddings()(ids); at = (ids == 3) & (torch.arange(ids.shape[1]) < n); e[at] = feats.repeat(1000, 1)
         logits.append(m.lm_head(m.model.language_model(inputs_embeds=e).last_hidden_state)[:, n - 1:-1])
     r = 0 if guidance.form == "contrast" else 1
@@ -198,13 +198,13 @@ def p_value(outputs, p):
     keep = want > 0; return float(chi2.sf(((seen - want)[keep]**2 / want[keep]).sum(), int(keep.sum()) - 1))
 
 
-def law(form, draft, n, slots=None):
+def law(form, draft, n, slots=None, seed=1):
     "p-values of two questions of different length, drawn side by side."
     (base, reward, ref), processor = ten_words(); image = make_scenes(1)[0].image.resize((16, 16)); questions = ["a b", "c d e f a"]
     d = AlignedDecoder(base, None if form == "contrast" else reward, processor, ref if form == "ratio" else None, form=form, lam=.6, slots=slots)
-    out = d.generate(image, questions, n=n, max_new_tokens=3, temperature=1., eos=[], draft=draft, seed=1)
+    out = d.generate(image, questions, n=n, max_new_tokens=3, temperature=1., eos=[], draft=draft, seed=seed)
     models = dict(interpolate=[base, reward], ratio=[base, reward, ref], arm=[base, reward], contrast=[base, base])[form]
-    return [p_value(out[i * n:(i + 1) * n], joint(models, processor, d.guidance, image, q)) for i, q in enumerate(questions)]
+    return [p_value(out[i * n:(i + 1) * n], joint(models, processor, d.guidance, image, q, seed)) for i, q in enumerate(questions)]
 
 
 def test_law_of_samples():
