@@ -89,9 +89,10 @@ def engine_run(dec, pairs, new: int, draft, by_lot: float | None, eos=None):
     if by_lot is not None and draft != 0: ByLot.rate_by_lot = by_lot; e = ByLot(dec.experts, dec.encoders, dec.guidance, len(pairs), dec.n_rewards, 0, (), .25, dec.leader, draft=draft, pace=dec.pace)
     else: e = dec.engine(len(pairs), draft=draft)
     e.submit([Row(i, q, [im], dec._sampling(eos=eos, max_new_tokens=new), 0) for i, (im, q) in enumerate(pairs)])
+    now = time.thread_time if dec.base.device.type == "cpu" else time.perf_counter  # as the engine that drafts
     while e.busy:
-        n, start = e.n, time.perf_counter(); e.step()
-        if draft == 0 and dec.n_rewards and n and n == e.n: Pace(dec.pace).note(n, 0, time.perf_counter() - start)
+        n, start = e.n, now(); e.step()
+        if draft == 0 and dec.n_rewards and n and n == e.n: Pace(dec.pace).note(n, 0, now() - start)
     return e
 
 
