@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
 """Tokens per second of aligned decoding, every way side by side: base alone, logits processors, and tita's engine plain, lazy, drafting and auto.
 
-    python scripts/bench_decode.py                                      the embedded pair on this machine
-    python scripts/bench_decode.py --batch 1,8,32 --prompt 64,640 --new 32,256 --dtype bfloat16
+    python scripts/bench_decode.py                                      the embedded pair on this machine, one row at a time
+    python scripts/bench_decode.py --batch 1,8,32 --prompt 0,64,640 --new 32,256 --rounds 5 --out results/bench_decode
     python scripts/bench_decode.py --shape 7b/1.4b --device cuda --acceptance 0.8     random weights of that shape
 
 The ways take turns in every round; a way's figure is the median over rounds of its ratio (tokens a second) to the base's own greedy `generate` in that round.
-By default scenes are described and answers end where they end. With --prompt N the question is repeated up to N tokens and the answer has
+With --prompt 0 scenes are described and answers end where they end. With --prompt N the question is repeated up to N tokens and the answer has
 exactly --new tokens: beyond what the embedded models learned, so acceptance there says little. Random weights agree on nothing: with --acceptance drafts are
 accepted at that rate by lot, and the table says so.
 """
-import argparse, json, statistics, time
+import argparse, contextlib, copy, os, platform, statistics, time
 
 import torch
-from tita.core import TitaError, cli, run_info, write_json
-from tita.decode import AlignedDecoder, Row
+from tita.core import TitaError, cli, run_info, write_json, write_text
+from tita.decode import AlignedDecoder
+from tita.engine import Row
 from tita.hf import AlignedLogitsProcessor
 from tita.models import chat_prompt
 from tita.speculate import Pace, SpeculativeEngine, expected_tokens
@@ -88,11 +89,14 @@ def engine_run(dec, pairs, new: int, draft, by_lot: float | None, eos=None):
     if by_lot is not None and draft != 0: ByLot.rate_by_lot = by_lot; e = ByLot(dec.experts, dec.encoders, dec.guidance, len(pairs), dec.n_rewards, 0, (), .25, dec.leader, draft=draft, pace=dec.pace)
     else: e = dec.engine(len(pairs), draft=draft)
     e.submit([Row(i, q, [im], dec._sampling(eos=eos, max_new_tokens=new), 0) for i, (im, q) in enumerate(pairs)])
-    while e.busy: e.step()
+    now = time.thread_time if dec.base.device.type == "cpu" else time.perf_counter  # as the engine that drafts
+    while e.busy:
+        n, start = e.n, now(); e.step()
+        if draft == 0 and dec.n_rewards and n and n == e.n: Pace(dec.pace).note(n, 0, now() - start)
     return e
 
 
-def ways(dec, alone, processor, pairs, new: int, forced: bool, args) -> dict:
+def ways(dec, auto, alone, processor, pairs, new: int, forced: bool, args) -> dict:
     "Name -> a function that decodes one batch and returns (tokens, engine or None)."
     def inputs():
         x = processor(text=[chat_prompt(processor, q) for _, q in pairs], images=[im for im, _ in pairs], return_tensors="pt", padding=True).to(args.device)
@@ -104,32 +108,46 @@ def ways(dec, alone, processor, pairs, new: int, forced: bool, args) -> dict:
     def ours(d, draft, by_lot=None): e = engine_run(d, pairs, new, draft, by_lot, () if forced else (2,)); return e.produced, e
     out = {"base only": generate, "cached processor": lambda: generate(AlignedLogitsProcessor), "ours, base only": lambda: ours(alone, 0)}
     if inputs()["input_ids"].numel() * new <= args.full_prefix: out["full-prefix processor"] = lambda: generate(FullPrefix)
-    for draft in (0, *(["lazy"] if dec.guidance.lazy else ()), *args.drafts, "auto"): out[f"ours, draft {draft}" if draft != "lazy" else "ours, lazy"] = lambda draft=draft: ours(dec, draft, args.acceptance)
+    for draft in (0, *(["lazy"] if dec.guidance.lazy else ()), *args.drafts): out[f"ours, draft {draft}" if draft != "lazy" else "ours, lazy"] = lambda draft=draft: ours(dec, draft, args.acceptance)
+    out["ours, auto"] = lambda: ours(auto, "auto", args.acceptance)
     return out
 
 
 def weights(e) -> int: "Bytes of an expert's decoder and head."; return sum(p.numel() * p.element_size() for p in e.core.get_decoder().parameters()) + e.head.weight.numel() * e.head.weight.element_size()
+def cached(e) -> int: "Bytes of one token's keys and values."; return 2 * e.layers * e.kv_width * e.head.weight.element_size()
 
 def counted(engines: list) -> dict:
-    "What engines' runs say beside their time."
-    total = lambda k: sum(getattr(e, k, 0) for e in engines); tokens = max(1, total("produced"))
-    out = dict(base_forwards_per_token=sum(e.experts[0].positions and e.experts[0].forwards * e.slots for e in engines) / tokens, bytes_per_token=sum(x.forwards * weights(x) for e in engines for x in e.experts) / tokens)
+    "What engines' runs say beside their time: forwards of a row, bytes of weights and caches that are read, drafts."
+    total = lambda k: sum(getattr(e, k, 0) for e in engines); tokens = max(1, total("produced")); experts = [x for e in engines for x in e.experts]
+    out = dict(base_forwards_per_token=sum(e.experts[0].row_forwards for e in engines) / tokens, bytes_per_token=sum(x.forwards * weights(x) + x.read * cached(x) for x in experts) / tokens)
+    out["other_forwards_per_token"] = sum(x.row_forwards for x in experts) / tokens - out["base_forwards_per_token"]
     if total("drafted"): out["acceptance"] = total("accepted") / total("drafted")
     if total("answered"): out["unsure"] = total("asked") / total("answered")
     return out
 
 
-def case(dec, alone, processor, scenes, batch: int, prompt: int, new: int, args) -> dict:
+def predict(rows: dict, pace: Pace, batch: int, rate: float):
+    "Beside each measured ratio the one that measured costs promise: drafts by their acceptance, lazy guidance by the share of unsure tokens."
+    plain, alone = rows["ours, draft 0"]["ratio"], rows["ours, base only"]["ratio"]
+    for n, r in rows.items():
+        k = int(n.split()[-1]) if n.startswith("ours, draft") else 0
+        if k: r["predicted"] = plain * float(expected_tokens(torch.tensor([rate]), torch.tensor([k]))[0, 0]) / (1 + pace.slope(batch) * k)
+    if "ours, lazy" in rows: rows["ours, lazy"]["predicted"] = 1 / (1 / alone + (1 - (1 - rows["ours, lazy"]["unsure"])**batch) * (1 / plain - 1 / alone))
+    rows["ours, auto"]["predicted"] = max([plain, *(r["predicted"] for r in rows.values() if "predicted" in r)])
+
+
+def case(dec, auto, alone, processor, scenes, batch: int, prompt: int, new: int, args) -> dict:
     "All ways in turn; medians of the ratios to the base's own generate."
     pairs = questions(processor, scenes, prompt)[:batch if prompt else max(batch, args.scenes // batch * batch)]
-    parts = [ways(dec, alone, processor, pairs[i:i + batch], new, bool(prompt), args) for i in range(0, len(pairs), batch)]; speeds, last = {n: [] for n in parts[0]}, {}
+    parts = [ways(dec, auto, alone, processor, pairs[i:i + batch], new, bool(prompt), args) for i in range(0, len(pairs), batch)]; speeds, last = {n: [] for n in parts[0]}, {}
     for f in parts[0].values(): f()
     for _ in range(args.rounds):
         for n in speeds:
             t = clock(args.device, args.cpu_time); runs = [p[n]() for p in parts]; speeds[n].append(sum(r[0] for r in runs) / (clock(args.device, args.cpu_time) - t)); last[n] = runs
-    rows = {n: dict(tokens_per_s=statistics.median(s), ratio=statistics.median(x / b for b, x in zip(speeds["base only"], s)), **(counted([e for _, e in last[n]]) if n.startswith("ours") else {})) for n, s in speeds.items()}
-    plain = rows["ours, draft 0"]["ratio"]; a = args.acceptance if args.acceptance is not None else dec.pace.get("rate", .7)
-    for k in args.drafts: rows[f"ours, draft {k}"]["predicted"] = plain * float(expected_tokens(torch.tensor([a]), torch.tensor([k]))[0, 0]) / (1 + Pace(dec.pace).slope(batch) * k)
+    over = lambda s, b: statistics.median(x / y for x, y in zip(s, b))
+    rows = {n: dict(tokens_per_s=statistics.median(s), ratio=over(s, speeds["base only"]), **(counted([e for _, e in last[n]]) if n.startswith("ours") else {})) for n, s in speeds.items()}
+    rows["ours, auto"]["to_draft_0"] = over(speeds["ours, auto"], speeds["ours, draft 0"])
+    predict(rows, Pace(dec.pace), batch, args.acceptance if args.acceptance is not None else dec.pace.get("rate", .7))
     return dict(batch=batch, prompt=prompt, new=new, ways=rows)
 
 
@@ -156,13 +174,49 @@ def six_questions(scenes, args) -> dict:
     return dict(prompt=tokens, **{f"rows_per_s_{n.replace(' ', '_')}": 6 / statistics.median(s[1:]) for n, s in seconds.items()}, ratio=statistics.median(b / a for a, b in zip(seconds["together"][1:], seconds["one by one"][1:])))
 
 
-def show(c: dict, by_lot):
-    "One case as a table."
-    print(f"\nbatch {c['batch']}, " + (f"prompt of {c['prompt']}, {c['new']} new tokens" if c["prompt"] else f"descriptions, at most {c['new']} tokens") + (f", drafts accepted by lot at {by_lot}" if by_lot is not None else ""))
-    print(f"{'':24}{'tokens/s':>10}{'ratio':>8}{'accepted':>10}{'unsure':>8}{'base fwd/token':>16}{'MB/token':>10}{'predicted':>11}")
-    for n, r in c["ways"].items():
-        f = lambda k, form, scale=1: format(r[k] * scale, form) if k in r else ""
-        print(f"{n:24}{r['tokens_per_s']:10.1f}{r['ratio']:8.2f}{f('acceptance', '.0%'):>10}{f('unsure', '.0%'):>8}{f('base_forwards_per_token', '.2f'):>16}{f('bytes_per_token', '.2f', 1e-6):>10}{f('predicted', '.2f'):>11}")
+def title(c: dict) -> str: return f"batch {c['batch']}, " + (f"prompt of {c['prompt']}, {c['new']} new tokens" if c["prompt"] else f"descriptions of at most {c['new']} tokens")
+
+def best(c: dict) -> str: "The fastest fixed draft."; return max((n for n in c["ways"] if n.startswith("ours, draft") and n != "ours, draft 0"), key=lambda n: c["ways"][n]["ratio"])
+
+COSTS = (("acceptance", "drafts accepted", 100, "{:.0f}%"), ("unsure", "base unsure", 100, "{:.0f}%"), ("base_forwards_per_token", "base forwards a token", 1, "{:.2f}"), ("other_forwards_per_token", "other forwards a token", 1, "{:.2f}"),
+    ("bytes_per_token", "MB a token", 1e-6, "{:.2f}"), ("predicted", "predicted", 1, "{:.2f}"), ("ratio", "measured", 1, "{:.2f}"))
+
+def table(head: list, rows: list) -> str: return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows])
+
+def speed_table(cases: list) -> str:
+    "A row a case, a column a way; ratios to the base's own generate."
+    at = lambda c, n, k="ratio": f"{c['ways'][n][k]:.2f}" if n in c["ways"] else "-"
+    rows = [[title(c), f"{c['ways']['base only']['tokens_per_s']:.0f}", *(at(c, n) for n in ("full-prefix processor", "cached processor", "ours, base only", "ours, draft 0", "ours, lazy")), f"{at(c, best(c))} (k={best(c).split()[-1]})", at(c, "ours, auto"), at(c, "ours, auto", "to_draft_0")] for c in cases]
+    return table(["case", "base only, tokens/s", "full-prefix processor", "cached processor", "ours, base only", "ours, draft 0", "ours, lazy", "ours, speculative", "ours, auto", "auto to draft 0"], rows)
+
+def cost_table(cases: list) -> str:
+    "What each of our ways reads and runs for a token, and what that promises."
+    return table(["case", "way", *(c[1] for c in COSTS)], [[title(c), n, *(form.format(r[k] * scale) if k in r else "" for k, _, scale, form in COSTS)] for c in cases for n, r in c["ways"].items() if n.startswith("ours")])
+
+
+def targets(result: dict) -> list:
+    "What was to be reached, and what was."
+    cases = result["cases"]; one = [c for c in cases if c["batch"] == 1]; said = [c for c in one if not c["prompt"]] or one
+    low = lambda cases, f: min(map(f, cases), default=None)
+    rows = [("speculative at batch 1, descriptions: times the base alone", low(said, lambda c: c["ways"][best(c)]["ratio"]), 1.3), ("draft 0: times the base alone, lowest of all cases", low(cases, lambda c: c["ways"]["ours, draft 0"]["ratio"]), .85),
+        ("auto: times draft 0, lowest of all cases", low(cases, lambda c: c["ways"]["ours, auto"]["to_draft_0"]), .95), (f"six questions on one image, prompt of {result['six_questions']['prompt']}: times one by one", result["six_questions"]["ratio"], 3.)]
+    return [dict(target=t, value=v, at_least=x, reached=v >= x) for t, v, x in rows if v is not None]
+
+def markdown(result: dict) -> str:
+    "All of it, for reading."
+    a, m = result["args"], result["machine"]; what = f"random weights of shape {a['shape']}" if a["shape"] else "the embedded models" + (" with a trained reward" if a["reward"] else "")
+    made = (f"Made by `python scripts/bench_decode.py` on {what}: {result['form']}, λ = {a['lam']:g}, bound {a['bound']:g} nats, {a['dtype']}. {m['name']}, {a['threads']} thread{'s' * (a['threads'] > 1)} of {result['cpus']} cores, "
+        f"load {m['load_before']:.1f} before and {m['load_after']:.1f} after ({'processor time' if a['cpu_time'] else 'wall time'}), torch {result['versions']['torch']}, transformers {result['versions']['transformers']}, commit {(result['commit'] or 'unknown')[:12]}. The ways take turns; a ratio is the median of {a['rounds']} paired rounds, "
+        "tokens a second over those of the base's own greedy `generate`." + (f" Drafts are accepted by lot, at {a['acceptance']}." if a["acceptance"] is not None else ""))
+    reached = table(["to reach", "measured", "at least", ""], [[t["target"], f"{t['value']:.2f}", f"{t['at_least']:g}", "reached" if t["reached"] else "missed"] for t in targets(result)])
+    return "\n\n".join(["# Decoding speed", made, speed_table(result["cases"]), reached, "## What a token costs", cost_table(result["cases"])]) + "\n"
+
+
+def machine(args) -> str:
+    "The processor or GPU by name."
+    if args.device.startswith("cuda"): return torch.cuda.get_device_name(args.device)
+    with contextlib.suppress(OSError): return next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.machine())
+    return platform.processor() or platform.machine()
 
 
 def parse() -> argparse.Namespace:
@@ -174,7 +228,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--shape", help="random weights instead, base/reward, of " + ", ".join(SHAPES)); p.add_argument("--vocab", type=int, default=32064, help="of those"); p.add_argument("--acceptance", type=float, help="accept drafts by lot at this rate")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"]); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu"); p.add_argument("--threads", type=int, default=1)
     p.add_argument("--rounds", type=int, default=5); p.add_argument("--scenes", type=int, default=8, help="how many are described"); p.add_argument("--full-prefix", type=int, default=20000, help="the textbook processor only where rows x prompt x new tokens are at most this")
-    p.add_argument("--cpu-time", action="store_true", help="processor time instead of the wall's: for a machine that is busy with other things"); p.add_argument("--out", help="JSON file for the figures")
+    p.add_argument("--cpu-time", action="store_true", help="processor time instead of the wall's: for a machine that is busy with other things"); p.add_argument("--out", help="where the figures go: OUT.json and OUT.md, as in results/bench_decode")
     return p.parse_args()
 
 
@@ -183,13 +237,16 @@ def main():
     args = parse(); torch.set_num_threads(args.threads)
     from tita.world import make_scenes
     (base, reward, ref), processor = load(args); scenes = make_scenes(max(args.batch + [args.scenes]), seed=99)
-    form = args.form or ("ratio" if args.reward or args.shape else "interpolate")
-    dec = AlignedDecoder(base, reward, processor, ref if form == "ratio" else None, form=form, lam=args.lam, bound=args.bound or None); result = dict(cases=[], **run_info(), args=vars(args))
+    form = args.form or ("ratio" if args.reward or args.shape else "interpolate"); load_now = lambda: os.getloadavg()[0]
+    dec = AlignedDecoder(base, reward, processor, ref if form == "ratio" else None, form=form, lam=args.lam, bound=args.bound or None)
+    auto = copy.copy(dec); auto.pace = {}  # it knows what it has measured itself, as a user's does
+    result = dict(cases=[], **run_info(), form=form, args=vars(args), machine=dict(name=machine(args), load_before=load_now()))
     for batch in args.batch:
-        for prompt in args.prompt:
-            for new in args.new: result["cases"].append(case(dec, dec.alone(), processor, scenes, batch, prompt, new, args)); show(result["cases"][-1], args.acceptance)
-    result["six_questions"] = six_questions(scenes, args); print("\nsix questions about one image:", json.dumps(result["six_questions"]))
-    if args.out: write_json(args.out, result)
+        for prompt, new in [(p, n) for p in args.prompt for n in (args.new if p else [64])]:
+            result["cases"].append(case(dec, auto, dec.alone(), processor, scenes, batch, prompt, new, args)); print("\n" + cost_table(result["cases"][-1:]) + "\n\n" + speed_table(result["cases"][-1:]), flush=True)
+    result["six_questions"] = six_questions(scenes, args); result["machine"]["load_after"] = load_now(); result["targets"] = targets(result)
+    for t in result["targets"]: print(f"{'reached' if t['reached'] else 'MISSED':8} {t['value']:.2f} (at least {t['at_least']:g}) {t['target']}")
+    if args.out: write_json(f"{args.out}.json", result); print(write_text(f"{args.out}.md", markdown(result)))
 
 
 if __name__ == "__main__": main()

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from tita import decode, speculate
+from tita import engine
 from tita.augment import diffusion_noise
 from tita.decode import AlignedDecoder
 from tita.guidance import Guidance, token_rewards
 from tita.models import chat_prompt
-from tita.world import make_scenes, tiny_model, tiny_processor
+from tita.world import load_models, make_scenes, tiny_model, tiny_processor
 
 torch.set_num_threads(1)
 PROCESSOR = tiny_processor(); TOKENIZER = PROCESSOR.tokenizer; IMAGE = TOKENIZER.convert_tokens_to_ids("<image>")
@@ -96,11 +96,11 @@ def family(name, layers, seed):
 
 @pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl", "internvl"])
 def test_families(name):
-    "Images of several sizes, several questions on one; alone, batched, refilled, drafted."
+    "Images of several sizes, several questions on one, several images in one; alone, batched, refilled, drafted."
     base, processor = family(name, 3, 0), HandProcessor(name); reward, ref = near(base, .05), near(base, .1)
-    a, b, c = (s.image for s in make_scenes(3)); images = [a, a, b.resize((48, 64)), c.resize((32, 32)), b.resize((48, 64))]; images[4] = images[2]
-    questions = ["Is there a ball in the image?", "Describe the image.", "What color is the star?", "Is there a ball in the image?", "How many cup icons are there?"]
-    inputs = [processor(chat_prompt(processor, q), i) for q, i in zip(questions, images)]
+    a, b, c = (s.image for s in make_scenes(3)); images = [a, a, b.resize((48, 64)), c.resize((32, 32)), b.resize((48, 64)), [a, c.resize((48, 32))]]; images[4] = images[2]
+    questions = ["Is there a ball in the image?", "Describe the image.", "What color is the star?", "Is there a ball in the image?", "How many cup icons are there?", "Which has a cup?"]
+    inputs = [processor(chat_prompt(processor, q, len(i) if isinstance(i, list) else 1), i) for q, i in zip(questions, images)]
     alone = AlignedDecoder(base, processor=processor).generate(images, questions, max_new_tokens=8)
     for o, x in zip(alone, inputs):
         if name == "internvl": x.pop("mm_token_type_ids")
@@ -177,12 +177,12 @@ def ten_words():
 
 
 @torch.no_grad()
-def joint(models, processor, guidance, image, question):
-    "Probabilities of all 10 x 10 x 10 answers."
+def joint(models, processor, guidance, image, question, seed):
+    "Probabilities of all 10 x 10 x 10 answers; `seed` is of the noise of `contrast`, which `generate` takes from its own."
     x = processor(text=chat_prompt(processor, question), images=image, return_tensors="pt"); n = x["input_ids"].shape[1]
     answers = torch.tensor(list(itertools.product(range(10), repeat=3))); ids = torch.cat([x["input_ids"].expand(1000, -1), answers], 1); logits = []
     for i, m in enumerate(models):
-        px = diffusion_noise(x["pixel_values"], 500, seeds=[0]) if guidance.form == "contrast" and i == 1 else x["pixel_values"]
+        px = diffusion_noise(x["pixel_values"], 500, seeds=[seed]) if guidance.form == "contrast" and i == 1 else x["pixel_values"]
         feats = torch.cat(m.get_image_features(px).pooler_output); e = m.get_input_embeddings()(ids); at = (ids == 3) & (torch.arange(ids.shape[1]) < n); e[at] = feats.repeat(1000, 1)
         logits.append(m.lm_head(m.model.language_model(inputs_embeds=e).last_hidden_state)[:, n - 1:-1])
     r = 0 if guidance.form == "contrast" else 1
@@ -198,13 +198,13 @@ def p_value(outputs, p):
     keep = want > 0; return float(chi2.sf(((seen - want)[keep]**2 / want[keep]).sum(), int(keep.sum()) - 1))
 
 
-def law(form, draft, n, slots=None):
+def law(form, draft, n, slots=None, seed=1):
     "p-values of two questions of different length, drawn side by side."
     (base, reward, ref), processor = ten_words(); image = make_scenes(1)[0].image.resize((16, 16)); questions = ["a b", "c d e f a"]
     d = AlignedDecoder(base, None if form == "contrast" else reward, processor, ref if form == "ratio" else None, form=form, lam=.6, slots=slots)
-    out = d.generate(image, questions, n=n, max_new_tokens=3, temperature=1., eos=[], draft=draft, seed=1)
+    out = d.generate(image, questions, n=n, max_new_tokens=3, temperature=1., eos=[], draft=draft, seed=seed)
     models = dict(interpolate=[base, reward], ratio=[base, reward, ref], arm=[base, reward], contrast=[base, base])[form]
-    return [p_value(out[i * n:(i + 1) * n], joint(models, processor, d.guidance, image, q)) for i, q in enumerate(questions)]
+    return [p_value(out[i * n:(i + 1) * n], joint(models, processor, d.guidance, image, q, seed)) for i, q in enumerate(questions)]
 
 
 def test_law_of_samples():
@@ -219,8 +219,8 @@ def test_law_of_samples_all(form):
 
 def test_law_without_residual_fails(monkeypatch):
     "The control: drawing from p after a rejection, instead of from the residual, is found out."
-    right = decode.accept
-    monkeypatch.setattr(decode, "accept", lambda *args: right(*args, residual=False))
+    right = engine.accept
+    monkeypatch.setattr(engine, "accept", lambda *args: right(*args, residual=False))
     assert min(law("ratio", 2, 3000)) < 1e-6
 
 
@@ -276,3 +276,30 @@ def test_ask(tmp_path):
     assert run.returncode == 0 and json.loads(run.stdout)["aligned"]["tokens"], run.stderr
     run = ask(tmp_path/"gone.png", "Describe the image.", *models)
     assert run.returncode == 2 and "no such image" in run.stderr and "Traceback" not in run.stderr
+
+
+# What shows and measures it.
+
+ROOT = Path(__file__).parent.parent
+
+def script(*args): return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_run_notebook(tmp_path):
+    near(load_models(0)[1], .05).save_pretrained(tmp_path/"reward")
+    (tmp_path/"small.yaml").write_text("seeds: [0]\nlams: [1.0]\nsweep_scenes: 4\ntest_scenes: 4\n")
+    run = script("scripts/run_notebook.py", "nbs/runs/decode.ipynb", tmp_path/"decode.ipynb", "-f", tmp_path/"small.yaml", "-p", "reward", tmp_path/"reward", "-p", "out", tmp_path/"out", "-p", "bench", tmp_path/"none.json")
+    assert run.returncode == 0, run.stderr[-2000:]
+    said = json.loads((tmp_path/"out"/"metrics.json").read_text())
+    assert {"base", "contrast 1", "ratio, bounded 1"} <= set(said["sweep"]) and said["sweep"]["base"]["fluency"]["value"] < 0
+    assert sum(said["verdicts"]["safe"][v] for v in ("better", "no difference", "worse")) == 2 * 11  # two bases, eleven metrics
+
+
+@pytest.mark.slow
+def test_bench(tmp_path):
+    run = script("scripts/bench_decode.py", "--rounds", 1, "--scenes", 2, "--batch", "1,2", "--prompt", "0,64", "--new", 4, "--out", tmp_path/"speed")
+    assert run.returncode == 0, run.stderr[-2000:]
+    said = json.loads((tmp_path/"speed.json").read_text()); assert len(said["cases"]) == 4 and len(said["targets"]) == 4
+    for c in said["cases"]: assert {"base only", "cached processor", "full-prefix processor", "ours, draft 0", "ours, lazy", "ours, auto"} <= set(c["ways"]) and all(w["tokens_per_s"] > 0 for w in c["ways"].values())
+    assert "| batch 2, prompt of 64, 4 new tokens |" in (tmp_path/"speed.md").read_text()

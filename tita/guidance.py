@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'GATES', 'SAFE', 'Form', 'signal', 'guide', 'margin', 'settled', 'entropy', 'entropy_gate', 'margin_gate',
-           'agreement_gate', 'Step', 'parse_gate', 'plausible', 'token_rewards', 'carry_over', 'Guidance']
+           'agreement_gate', 'Step', 'parse_gate', 'plausible', 'token_rewards', 'Guidance']
 
-# %% ../nbs/30_guidance.ipynb #6633db30
+# %% ../nbs/30_guidance.ipynb #5092e0e1
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
@@ -146,19 +147,7 @@ def token_rewards(
     "The signal at the chosen tokens."
     return d.gather(-1, tokens[..., None])[..., 0]
 
-# %% ../nbs/30_guidance.ipynb #0a2d1bd5
-def carry_over(
-    base: Tensor, # (..., V) log π_b
-    other: Tensor, # (..., W) log π_r over its own vocabulary
-    index: Tensor, # (V) for each of the base's tokens its id in the other vocabulary, -1 for none
-) -> tuple[Tensor, Tensor]: # (..., V) log π_r over the base's tokens, and (...) the base's probability of the shared ones
-    "Express a distribution in another model's tokens."
-    shared = index >= 0; theirs = other[..., index.clamp(min=0)]
-    mass = lambda x: x.masked_fill(~shared, -math.inf).logsumexp(-1, keepdim=True)
-    ours = mass(base)
-    return torch.where(shared, theirs - mass(theirs) + ours, base), ours.exp()[..., 0]
-
-# %% ../nbs/30_guidance.ipynb #e69c1a44
+# %% ../nbs/30_guidance.ipynb #444be88a
 @dataclass(frozen=True)
 class Guidance:
     "What is added to the base: form, strength, and its limits. Raises `TitaError` for settings that mean nothing."
@@ -170,6 +159,8 @@ class Guidance:
     weights: tuple[float, ...] = (1.,) # one per reward
 
     def __post_init__(self):
+        for name, kinds in (("lam", (Real, Callable)), ("bound", (Real, type(None))), ("plausibility", Real)):
+            if not isinstance(v := getattr(self, name), kinds): raise TitaError(f"{name} is {v!r}; it must be a number" + " or a function" * (name == "lam") + " or None" * (name == "bound"))
         if self.form not in FORMS: raise TitaError(f"form {self.form!r} is not known; use one of {', '.join(FORMS)}")
         if not callable(self.lam): self._check_lam()
         if self.bound is not None and not 0 < self.bound: raise TitaError(f"bound is {self.bound}; it must be more than 0 nats (None for no bound)")
@@ -187,7 +178,7 @@ class Guidance:
     @property
     def lazy(self) -> bool: "Whether a lead of the base can settle a greedy token (see `settled`)."; return self.bound is not None and math.isfinite(self.bound)
 
-# %% ../nbs/30_guidance.ipynb #979feb2e
+# %% ../nbs/30_guidance.ipynb #4b20262c
 def _logps(logits: Tensor) -> Tensor: return logits.float().log_softmax(-1)
 
 @patch
@@ -207,7 +198,7 @@ def __call__(self: Guidance,
     logps, rewards, references = _logps(base), [_logps(r) for r in rewards], [_logps(r) for r in references]
     step = Step(logps, rewards, references, signal(self.form, logps, rewards, references, self.weights))
     gate, bound = parse_gate(self.gate), math.inf if self.bound is None else self.bound
-    scores = guide(base.float(), step.signal, self.strength(step), bound, 1. if gate is None else gate(step))
+    scores = guide(base.float(), step.signal, self.strength(step), bound, 1. if gate is None else torch.as_tensor(gate(step)).clamp(0., 1.))
     if self.plausibility: scores = scores.masked_fill(~plausible(logps, self.plausibility), -math.inf)
     return scores, step.signal
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from .core import TitaError
-from .decode import AlignedDecoder, Expert, look
+from .decode import AlignedDecoder
+from .experts import Expert, look
 
 # %% ../nbs/34_hf.ipynb #d8c2e35f
 class AlignedLogitsProcessor(LogitsProcessor):

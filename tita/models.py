@@ -69,17 +69,17 @@ def load_processor(
         if isinstance(e, OSError) and e.errno: raise
         raise _explain_load(name, e) from None
 
-# %% ../nbs/02_models.ipynb #626ac52a
+# %% ../nbs/02_models.ipynb #cbeb95ea
 def chat_prompt(
     processor, # with a chat template
     question: str, # what is asked
-    image: bool = True, # does an image come with it?
+    image: bool | int = True, # does an image come with it, or how many?
     system: str | None = None, # instructions before the question
 ) -> str: # the text up to where the answer starts
     "The prompt for one question. Raises `TitaError` for an empty question or a processor without a template."
     if not isinstance(question, str) or not question.strip(): raise TitaError("the question is empty; ask something")
     if not getattr(processor, "chat_template", None): raise TitaError("the processor has no chat template; set `processor.chat_template`, or take the one of the -hf version of the model")
-    turn = {"role": "user", "content": [{"type": "image"}] * bool(image) + [{"type": "text", "text": question}]}
+    turn = {"role": "user", "content": [{"type": "image"}] * int(image) + [{"type": "text", "text": question}]}
     system = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     return processor.apply_chat_template([*system, turn], add_generation_prompt=True, tokenize=False)
 

@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['expected_tokens', 'Pace', 'SpeculativeEngine', 'kept']
 
-# %% ../nbs/32_speculate.ipynb #37c5698e
+# %% ../nbs/32_speculate.ipynb #209cca92
 import math, time
 from collections import deque
-from statistics import mean, median
+from statistics import mean, median, median_low
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from .core import TitaError
-from .decode import ENGINES, AlignedDecoder, Engine, Expert, Sampling, propose
+from .decode import ENGINES, AlignedDecoder
+from .engine import Engine
+from .experts import Expert
 from .guidance import settled, signal, token_rewards
+from .sampling import Sampling, propose
 
 # %% ../nbs/32_speculate.ipynb #37c3f9ae
 def expected_tokens(
@@ -26,33 +29,40 @@ def expected_tokens(
     a = a.clamp(0., .995)[:, None]
     return (1 - a**(k + 1)) / (1 - a)
 
-# %% ../nbs/32_speculate.ipynb #2868689e
+# %% ../nbs/32_speculate.ipynb #8568a37d
 class Pace:
     "Measured seconds of steps: by batch size (in powers of two) and mode (a draft length, or 'lazy')."
     longest = 8 # drafts beyond this were never worth it
+    gain, again = 1.05, 64 # what a mode must promise to be taken; steps after which one without draft is measured again
     def __init__(self,
         times: dict | None = None, # measurements to share
     ): self.times = {} if times is None else times
 
-    def note(self, n: int, mode, seconds: float): self.times.setdefault((n.bit_length(), mode), deque(maxlen=32 if mode == "lazy" else 9)).append(seconds)
+    def note(self, n: int, mode, seconds: float):
+        "Remember a step."
+        size = n.bit_length(); self.times.setdefault((size, mode), deque(maxlen=32 if mode == "lazy" else 9)).append(seconds)
+        self.times[size, "since"] = 0 if mode == 0 else self.times.get((size, "since"), 0) + 1
+
     def tried(self, n: int, mode) -> int: return len(self.times.get((n.bit_length(), mode), ()))
     def seconds(self, n: int, mode) -> float | None:
-        "The usual time of a step: the median, but the mean of lazy steps, of which some are dear."
-        return (mean if mode == "lazy" else median)(self.times[n.bit_length(), mode]) if self.tried(n, mode) >= 2 else None
+        "The usual time of a step: the median, but the mean of lazy steps, of which some are dear by nature."
+        if self.tried(n, mode) < 2: return None
+        seen = self.times[n.bit_length(), mode]; middle = median_low(seen)
+        return mean(min(s, 5 * middle) for s in seen) if mode == "lazy" else middle
 
     def slope(self, n: int) -> float:
         "What one more drafted token adds, as a share of a step without draft."
-        plain = self.seconds(n, 0); known = [(k, self.seconds(n, k)) for k in range(1, self.longest + 1) if self.tried(n, k) >= 2]
+        plain = self.seconds(n, 0); known = [(k, self.seconds(n, k)) for k in range(1, self.longest + 1) if plain and self.tried(n, k) >= 2]
         return max(.01, median((s / plain - 1) / k for k, s in known)) if known else .3  # a guess that makes it try
 
     def best(self, n: int, rates: Tensor, unsure: float = 1.) -> int | str: # a draft length, or 'lazy'
         "The mode that promises most tokens a second, for rows with these acceptance rates and a share of steps where the base is unsure."
-        if (plain := self.seconds(n, 0)) is None: return 0
+        if (plain := self.seconds(n, 0)) is None or self.times[n.bit_length(), "since"] >= self.again: return 0
         k = torch.arange(self.longest + 1); gain = expected_tokens(rates, k).mean(0) / (1 + self.slope(n) * k); top = gain.max()
         lazy = plain / (self.seconds(n, "lazy") or plain * (.6 + .4 * unsure)) if unsure < 1 else 0.
-        return "lazy" if lazy > max(top, 1.02) else int(gain.argmax()) if top > 1.02 else 0
+        return "lazy" if lazy > max(top, self.gain) else int(gain.argmax()) if top > self.gain else 0
 
-# %% ../nbs/32_speculate.ipynb #2f092a30
+# %% ../nbs/32_speculate.ipynb #b8bf56fd
 class SpeculativeEngine(Engine):
     "An engine whose first reward drafts. Raises `TitaError` for a draft that means nothing."
     watch = True
@@ -65,11 +75,16 @@ class SpeculativeEngine(Engine):
         if not (draft in ("auto", "lazy") or isinstance(draft, int) and 0 <= draft <= 64): raise TitaError(f"draft is {draft!r}; it must be 'auto', 'lazy' or a number of tokens from 0 to 64")
         if draft == "lazy" and not self.guidance.lazy: raise TitaError("draft='lazy' needs bounded guidance; give a bound in nats (bound=1.), or take draft='auto'")
         self.draft, self.pace, self.drafter = draft, Pace(pace), self.experts[1]
-        self.rate, self.unsure = torch.full((self.slots,), self.pace.times.setdefault("rate", .7)), torch.full((self.slots,), .5)
+        self.clock = time.thread_time if self.drafter.device.type == "cpu" else time.perf_counter  # on a CPU what other programs take does not count
+        self.tried, self.right, self.unsure, self.late = torch.zeros(self.slots), torch.zeros(self.slots), torch.full((self.slots,), .5), 0.
+        self.pace.times.setdefault("rate", .7)
         self.drafted = self.accepted = self.blocks = self.asked = self.answered = 0
         self.own = torch.zeros(self.slots, self.tokens.shape[1])  # the base's log-probability of each token
 
-    def _records(self): return [*super()._records(), self.rate, self.unsure, self.own]
+    @property
+    def rate(self) -> Tensor: "Acceptance per row, a new row's that of the rows before it."; return (3 * self.pace.times["rate"] + self.right) / (3 + self.tried)
+    def _records(self): return [*super()._records(), self.tried, self.right, self.unsure, self.own]
+    def _seat(self, rows, a, b): super()._seat(rows, a, b); self.tried[a:b] = self.right[a:b] = 0
     def _widen(self, width): super()._widen(width); self.own = F.pad(self.own, (0, self.tokens.shape[1] - self.own.shape[1]))
 
 ENGINES["speculate"] = SpeculativeEngine
@@ -157,7 +172,7 @@ def _cut_at_stop(self: SpeculativeEngine, before: Tensor, keep: Tensor) -> Tenso
         self.count[i] = before[i]
     return keep
 
-# %% ../nbs/32_speculate.ipynb #86d370e1
+# %% ../nbs/32_speculate.ipynb #8f321c07
 @patch
 def _block(self: SpeculativeEngine, k: int):
     "One step with a draft of k tokens."
@@ -170,9 +185,9 @@ def _block(self: SpeculativeEngine, k: int):
 @patch
 def _learn(self: SpeculativeEngine, hits: Tensor, tried: Tensor):
     "Update the rows' acceptance rates by the first `tried` of the hits."
-    n = self.n; right = (hits & (torch.arange(hits.shape[1]) < tried[:, None])).sum(1)
-    weight = .9**tried; self.rate[:n] = weight * self.rate[:n] + (1 - weight) * right / tried
-    self.pace.times["rate"] = .95 * self.pace.times["rate"] + .05 * float(self.rate[:n].mean())
+    n, old, all_ = self.n, .9**tried, int(tried.sum()); right = (hits & (torch.arange(hits.shape[1]) < tried[:, None])).sum(1)
+    self.tried[:n], self.right[:n] = old * self.tried[:n] + tried, old * self.right[:n] + right
+    self.pace.times["rate"] += (1 - .99**all_) * (int(right.sum()) / all_ - self.pace.times["rate"])
 
 # %% ../nbs/32_speculate.ipynb #2c2348f2
 @patch
@@ -199,7 +214,7 @@ def _note_late(self: SpeculativeEngine, rows: Tensor, at: Tensor, known: Tensor,
     g = self.guidance; d = signal(g.form, self.own[rows[i], at[i, j]][:, None], said[:k], said[k:], g.weights)
     self.rewards[rows[i], at[i, j]] = d[:, 0]
 
-# %% ../nbs/32_speculate.ipynb #65145f1b
+# %% ../nbs/32_speculate.ipynb #99e8e583
 @patch
 def _lazy(self: SpeculativeEngine):
     "One token for each row; the others run for those where the base is unsure."
@@ -223,12 +238,18 @@ def _behind(self: SpeculativeEngine, rows: Tensor) -> Tensor: # those of the row
     e = self.experts[1]; return rows[e.start[rows] + self.count[rows] - e.lens[rows] > 1]
 
 @patch
+def _settle(self: SpeculativeEngine, rows: Tensor):
+    "Let the others read what they missed in these rows: a cost of the lazy steps before."
+    started = self.clock()
+    if len(late := self._behind(rows)): self._catch_up(late, last=False); self.late += self.clock() - started
+
+@patch
 def _outputs(self: SpeculativeEngine, slots: list[int], why: list[str]):
     "Rewards that are still missing are computed before a row leaves."
-    if len(late := self._behind(torch.tensor(slots))): self._catch_up(late, last=False)
+    self._settle(torch.tensor(slots))
     return super(SpeculativeEngine, self)._outputs(slots, why)
 
-# %% ../nbs/32_speculate.ipynb #5a63abf6
+# %% ../nbs/32_speculate.ipynb #dc68c4f2
 @patch
 def _mode(self: SpeculativeEngine) -> int | str: # a draft length, or "lazy"
     "How to make the next step."
@@ -243,12 +264,13 @@ def _mode(self: SpeculativeEngine) -> int | str: # a draft length, or "lazy"
 @patch
 def _advance(self: SpeculativeEngine):
     "One step, in the mode that suits."
-    mode, n, started = self._mode(), self.n, time.perf_counter()
-    if mode != "lazy" and len(late := self._behind(torch.arange(n))): self._catch_up(late, last=False)
+    mode, n = self._mode(), self.n
+    if mode != "lazy": self._settle(torch.arange(n))
+    started, self.late = (self.clock() - self.late, 0.) if mode == "lazy" else (self.clock(), self.late)
     if mode == "lazy": self._lazy()
     elif mode: self._block(mode)
     else: self._plain()
-    self.pace.note(n, mode, time.perf_counter() - started)
+    self.pace.note(n, mode, self.clock() - started)
 
 @patch
 def _plain(self: SpeculativeEngine):
