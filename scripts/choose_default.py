@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Which guidance is safe without being chosen for a base? Looked for on validation scenes only, with all bases of the embedded world.
 
-    python scripts/choose_default.py              trains each seed's reward as the demo does, in runs/choose_default/; writes results/choose_default.{json,md}
+    python scripts/choose_default.py              trains each seed's reward as the demo does, in runs/choose_default/ (--runs runs/study_world takes the study's); writes results/choose_default.{json,md}
     python scripts/choose_default.py --seed 0 --scenes 300
 
 Every setting guides the base and the stronger base of each seed. Of those settings that harm least (a paired 95% interval on the wrong side of
@@ -18,6 +18,7 @@ from tita.core import cli, progress, run_info, set_seed, write_json, write_text
 from tita.decode import AlignedDecoder
 from tita.guidance import Guidance, SAFE
 from tita.metrics import METRICS, bootstrap, chair, object_finder, per_scene, verdict_of
+from tita.models import load_vlm
 from tita.train import train_dpo
 from tita.trees import tree_logits
 from tita.world import ASK, OBJECTS, load_models, load_strong, make_scenes
@@ -29,7 +30,8 @@ GRID = [dict(lam=1.)] + [dict(lam=lam, bound=bound, gate=gate) for gate in (None
 def trained(seed: int, out: Path):
     "A seed's base, reward before and after DPO (made as in the demo), processor."
     base, before, processor = load_models(seed); set_seed(seed); images = out/"images"
-    probe = pipeline.probe_rows(make_scenes(1000, seed, "train"), images, seed=seed); pairs, _ = pipeline.preference_pairs(before, processor, probe, images, out, seed=seed, further=pipeline.further_rows)
+    if (out/"reward"/"metrics.json").exists(): return base, before, load_vlm(out/"reward", device="cpu"), processor
+    probe = pipeline.probe_rows(make_scenes(1500, seed, "train"), images, seed=seed); pairs, _ = pipeline.preference_pairs(before, processor, probe, images, out, seed=seed, further=pipeline.further_rows)
     after, _ = train_dpo(copy.deepcopy(before), processor, pairs, images, out/"reward", resume=True, **pipeline.dpo_settings(len(pairs), seed=seed))
     return base, before, after.eval(), processor
 

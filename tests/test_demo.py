@@ -58,5 +58,5 @@ def test_interrupted_and_run_again(tmp_path):
     again = subprocess.run(demo(out, "probe_scenes", 200), cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-2000:]
     rows = [json.loads(line) for line in (out/"clear.jsonl").read_text().splitlines()]
-    assert len({(r["question_id"], r["view"]) for r in rows}) == len(rows) == 200 * 10
+    assert len({(r["question_id"], r["view"]) for r in rows}) == len(rows) == 200 * 12
     assert (out/"clear.jsonl").read_text().startswith("\n".join(before[:-1]))

@@ -31,7 +31,7 @@ def probe_rows(
     scenes, # list of Scene, whose contents are not looked at
     folder: str | Path, # image folder
     name: str = "probe", # of the set
-    presence: int = 6, # questions about random objects, for each image
+    presence: int = 8, # questions about random objects, for each image
     seed: int = 0, # of the objects
 ) -> list[dict]: # question rows without truth
     "Questions to draw preferences from: a caption, what is written, and whether random objects are there."
