@@ -27,7 +27,7 @@ def tables(found: dict) -> str:
     "Markdown: a table a seed, and the verdicts of the default form over seeds."
     titles = {k: v[0] for k, v in SYSTEMS.items()}; parts = []
     for seed, m in found.items():
-        parts += [f"## Seed {seed}", f"λ = {m['lam']:g}, chosen on {m['scenes']['valid']} validation scenes; {m['pairs']['pairs']} pairs from {m['scenes']['probe']} unlabelled scenes; {m['scenes']['test']} test scenes.", results_table(m, SHOWN, titles=titles)]
+        parts += [f"## Seed {seed}", f"λ = {m['lam']:g} ({m['strong_lam']:g} for bounded guidance of the stronger model), chosen on {m['scenes']['valid']} validation scenes; {m['pairs']['pairs']} pairs from {m['scenes']['probe']} unlabelled scenes; {m['scenes']['test']} test scenes.", results_table(m, SHOWN, titles=titles)]
     run = next(iter(found.values()))["run"]
     made = f"Made by `python scripts/study_world.py` on {run['cpus']} CPU cores ({run['system']}), commit {(run['commit'] or 'unknown')[:12]}. Percent; in brackets the paired 95% bootstrap interval of the difference from the large model (for the stronger ones from the stronger model)."
     return "\n\n".join(["# The main job on independently trained sets of models", made, *parts]) + "\n"

@@ -119,6 +119,7 @@ def make_systems(
     bound: float, # nats
     gate: str | None = None, # where guidance may act, see `tita.guidance.parse_gate`
     strong=None, # a stronger base, or None
+    strong_lam: float | None = None, # strength of bounded guidance that was chosen for it; None: as for the base
 ) -> dict: # name -> function that makes the decoder
     "The systems of the report."
     from tita.decode import AlignedDecoder
@@ -128,7 +129,7 @@ def make_systems(
         interpolate=dec(base, reward, form="interpolate", lam=.3), interpolate_before=dec(base, before, form="interpolate", lam=.3))
     if sft is not None: out["sft_control"] = dec(base, sft, **ratio, **limits)
     out["vcd"] = dec(base, form="contrast", lam=1., plausibility=.1, contrast_t=500)
-    if strong is not None: out |= dict(strong_base=dec(strong), strong_ratio=dec(strong, reward, **ratio), strong_bounded=dec(strong, reward, **ratio, **limits))
+    if strong is not None: out |= dict(strong_base=dec(strong), strong_ratio=dec(strong, reward, **ratio), strong_bounded=dec(strong, reward, **ratio | limits | dict(lam=lam if strong_lam is None else strong_lam)))
     return out
 
 # %% ../nbs/65_pipeline.ipynb #527c7208

@@ -340,7 +340,7 @@ SYSTEMS = dict(  # name in metrics.json -> how it is called, what it is
     interpolate_before=("control: mean before DPO", "The same mean with the small model before it learned preferences: what averaging two models brings by itself."),
     sft_control=("control: SFT", "The ratio with a small model that was only shown the preferred answers, without the rejected ones."), vcd=("VCD", "Contrast with the large model's own answer on a noised image (Leng et al. 2024); no small model."),
     strong_base=("stronger model", "A better large model alone; the two below are compared with it."), strong_ratio=("stronger, ratio", "The stronger model with the same small model."),
-    strong_bounded=("stronger, bounded", "The same within these limits."))
+    strong_bounded=("stronger, bounded", "The same within these limits, with a λ that was chosen for this model by the same rule."))
 
 # %% ../nbs/61_report.ipynb #0484a718
 READING = """Each number is a score in percent. The smaller numbers are the 95% interval of the difference from the reference on the same scenes, by a bootstrap over scenes; a reference has the interval of its own score. Where the interval leaves out zero the cell is **coloured and marked**: ▲ better, ▼ worse, ◆ different where no direction is better. Of a hundred such intervals about five leave out zero by chance, so trust patterns more than single cells."""
