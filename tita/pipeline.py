@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_images', 'probe_rows', 'user_rows', 'further_rows', 'preference_pairs', 'dpo_settings', 'make_systems', 'goal',
-           'sweep', 'better', 'pick_examples', 'lead', 'Stages']
+           'best_strength', 'sweep', 'better', 'pick_examples', 'lead', 'Stages']
 
 # %% ../nbs/65_pipeline.ipynb #99b015a0
 import random, time
@@ -144,6 +144,15 @@ def goal(
     parts = [sum(p) / len(p) for p in (pope, chair, rest) if p]
     return sum(parts) / len(parts)
 
+# %% ../nbs/65_pipeline.ipynb #dfe200d7
+def best_strength(
+    goals: dict[float, float], # strength -> `goal` on validation rows
+    least: float = 0.25, # points that guidance must gain
+) -> float: # the best strength, the smaller one of equals; 0 if it is there and nothing gains enough
+    "Choose the strength."
+    best = max(goals, key=lambda lam: (round(goals[lam], 2), -lam))
+    return best if 0 not in goals or goals[best] - goals[0] >= least else 0.
+
 # %% ../nbs/65_pipeline.ipynb #ae5abbc4
 def sweep(
     lams: list[float], # strengths to try
@@ -160,7 +169,7 @@ def sweep(
     found, n = {}, 1 + max(r["scene"] for r in rows)
     for lam in progress(lams, desc="strengths", unit="λ"):
         found[lam] = score(evaluate(make(lam), rows, images, Path(folder)/f"lam_{lam:g}.jsonl", chunk=2048, desc=f"λ = {lam:g}", **settings), objects, n=n)
-    return max(found, key=lambda lam: (round(goal(found[lam]), 2), -lam)), found
+    return best_strength({lam: goal(v) for lam, v in found.items()}), found
 
 # %% ../nbs/65_pipeline.ipynb #f2d8393f
 def better(
