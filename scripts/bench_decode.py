@@ -241,12 +241,13 @@ def main():
     dec = AlignedDecoder(base, reward, processor, ref if form == "ratio" else None, form=form, lam=args.lam, bound=args.bound or None)
     auto = copy.copy(dec); auto.pace = {}  # it knows what it has measured itself, as a user's does
     result = dict(cases=[], **run_info(), form=form, args=vars(args), machine=dict(name=machine(args), load_before=load_now()))
-    for batch in args.batch:
-        for prompt, new in [(p, n) for p in args.prompt for n in (args.new if p else [64])]:
-            result["cases"].append(case(dec, auto, dec.alone(), processor, scenes, batch, prompt, new, args)); print("\n" + cost_table(result["cases"][-1:]) + "\n\n" + speed_table(result["cases"][-1:]), flush=True)
-    result["six_questions"] = six_questions(scenes, args); result["machine"]["load_after"] = load_now(); result["targets"] = targets(result)
+    result["six_questions"] = six_questions(scenes, args)
+    for batch, prompt, new in [(b, p, n) for b in args.batch for p in args.prompt for n in (args.new if p else [64])]:
+        result["cases"].append(case(dec, auto, dec.alone(), processor, scenes, batch, prompt, new, args)); print("\n" + cost_table(result["cases"][-1:]) + "\n\n" + speed_table(result["cases"][-1:]), flush=True)
+        result["machine"]["load_after"] = load_now(); result["targets"] = targets(result)
+        if args.out: write_json(f"{args.out}.json", result); write_text(f"{args.out}.md", markdown(result))  # what is done is kept
     for t in result["targets"]: print(f"{'reached' if t['reached'] else 'MISSED':8} {t['value']:.2f} (at least {t['at_least']:g}) {t['target']}")
-    if args.out: write_json(f"{args.out}.json", result); print(write_text(f"{args.out}.md", markdown(result)))
+    if args.out: print(f"{args.out}.json and .md")
 
 
 if __name__ == "__main__": main()
