@@ -276,6 +276,8 @@ def test_ask(tmp_path):
     assert run.returncode == 0 and json.loads(run.stdout)["aligned"]["tokens"], run.stderr
     run = ask(tmp_path/"gone.png", "Describe the image.", *models)
     assert run.returncode == 2 and "no such image" in run.stderr and "Traceback" not in run.stderr
+    run = ask(tmp_path/"scene.png", "Describe the image.", *models, "--ref", tmp_path/"reward")
+    assert run.returncode == 2 and "reward and reference are the same model" in run.stderr and "Traceback" not in run.stderr
 
 
 # What shows and measures it.
