@@ -70,7 +70,7 @@ class HandProcessor:
     def __call__(self, text, images, return_tensors="pt", padding=False, add_special_tokens=True):
         images, text = [images] if isinstance(images, Image.Image) else list(images), [text] if isinstance(text, str) else text
         px, grid = zip(*map(self.pixels, images)); inter = self.family == "internvl"
-        run = iter(["USER:" + "<image>" * 4 * len(p) + "ASSISTANT:" for p in px] if inter else ["<image>" * (h * w // 4) for _, h, w in grid])
+        run = iter(["USER:" + "<image>" * 4 * len(p) + "ASSISTANT:" for p in px] if inter else ["USER:" + "<image>" * (h * w // 4) for _, h, w in grid])  # a token between two images, as Qwen has
         text = ["".join(part + (next(run) if i else "") for i, part in reversed(list(enumerate(reversed(t.split("<image>")))))) for t in text]
         out = dict(self.tokenizer(text, return_tensors="pt", padding=padding)); out["mm_token_type_ids"] = (out["input_ids"] == IMAGE).int()
         return dict(out, pixel_values=torch.stack([t for p in px for t in p])) if inter else dict(out, pixel_values=torch.cat(px), image_grid_thw=torch.tensor(grid))
