@@ -128,10 +128,10 @@ def counted(engines: list) -> dict:
 
 def predict(rows: dict, pace: Pace, batch: int, rate: float):
     "Beside each measured ratio the one that measured costs promise: drafts by their acceptance, lazy guidance by the share of unsure tokens."
-    plain, alone = rows["ours, draft 0"]["ratio"], rows["ours, base only"]["ratio"]
+    plain, alone = rows["ours, draft 0"]["ratio"], rows["ours, base only"]["ratio"]; steps = min(1., (pace.seconds(batch, 0) or 0) * rows["ours, draft 0"]["tokens_per_s"] / batch)  # their share of the time; the rest is reading prompts
     for n, r in rows.items():
         k = int(n.split()[-1]) if n.startswith("ours, draft") else 0
-        if k: r["predicted"] = plain * float(expected_tokens(torch.tensor([rate]), torch.tensor([k]))[0, 0]) / (1 + pace.slope(batch) * k)
+        if k: r["predicted"] = plain / (1 - steps + steps * (1 + pace.slope(batch) * k) / float(expected_tokens(torch.tensor([rate]), torch.tensor([k]))[0, 0]))
     if "ours, lazy" in rows: rows["ours, lazy"]["predicted"] = 1 / (1 / alone + (1 - (1 - rows["ours, lazy"]["unsure"])**batch) * (1 / plain - 1 / alone))
     rows["ours, auto"]["predicted"] = max([plain, *(r["predicted"] for r in rows.values() if "predicted" in r)])
 
@@ -241,12 +241,13 @@ def main():
     dec = AlignedDecoder(base, reward, processor, ref if form == "ratio" else None, form=form, lam=args.lam, bound=args.bound or None)
     auto = copy.copy(dec); auto.pace = {}  # it knows what it has measured itself, as a user's does
     result = dict(cases=[], **run_info(), form=form, args=vars(args), machine=dict(name=machine(args), load_before=load_now()))
-    for batch in args.batch:
-        for prompt, new in [(p, n) for p in args.prompt for n in (args.new if p else [64])]:
-            result["cases"].append(case(dec, auto, dec.alone(), processor, scenes, batch, prompt, new, args)); print("\n" + cost_table(result["cases"][-1:]) + "\n\n" + speed_table(result["cases"][-1:]), flush=True)
-    result["six_questions"] = six_questions(scenes, args); result["machine"]["load_after"] = load_now(); result["targets"] = targets(result)
+    result["six_questions"] = six_questions(scenes, args)
+    for batch, prompt, new in [(b, p, n) for b in args.batch for p in args.prompt for n in (args.new if p else [64])]:
+        result["cases"].append(case(dec, auto, dec.alone(), processor, scenes, batch, prompt, new, args)); print("\n" + cost_table(result["cases"][-1:]) + "\n\n" + speed_table(result["cases"][-1:]), flush=True)
+        result["machine"]["load_after"] = load_now(); result["targets"] = targets(result)
+        if args.out: write_json(f"{args.out}.json", result); write_text(f"{args.out}.md", markdown(result))  # what is done is kept
     for t in result["targets"]: print(f"{'reached' if t['reached'] else 'MISSED':8} {t['value']:.2f} (at least {t['at_least']:g}) {t['target']}")
-    if args.out: write_json(f"{args.out}.json", result); print(write_text(f"{args.out}.md", markdown(result)))
+    if args.out: print(f"{args.out}.json and .md")
 
 
 if __name__ == "__main__": main()
