@@ -34,7 +34,7 @@ def truth_scores(
     else: raise TitaError(f"{text!r} is no question that is scored here; ask for a caption or whether something is there")
     return dict(zip(ATTRIBUTES, [*(round(4 * x) for x in (*good, form)), min(4, len(set(named)) // 2), min(4, len(words) // 6)]))
 
-# %% ../nbs/66_reward_study.ipynb #b66fce05
+# %% ../nbs/66_reward_study.ipynb #6c7ccc34
 def score_answers(
     answers: list[dict], # answer rows, their images named SET/NUMBER.png as `pipeline.probe_rows` does
     scenes, # what the images show
@@ -48,6 +48,7 @@ def baseline_sets(
     gap: float=2, # least difference in quality of a pair
 ) -> dict: # sft, rejection_sampling, steerlm -> rows with an answer; dpo -> pair rows
     "What each method trains on, all from the same answers."
+    scored = [r for r in scored if r["answer"].strip()]  # an empty answer cannot be trained on
     sets = dict(sft=make_sft(scored), rejection_sampling=make_sft(scored, least), steerlm=make_steerlm(scored), dpo=make_scored_pairs(scored, gap)[0])
     if empty := [k for k, v in sets.items() if not v]: raise TitaError(f"nothing is left for {', '.join(empty)}: the answers' scores hardly differ, or none is good; draw more answers or lower least and gap")
     return sets
