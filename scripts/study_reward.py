@@ -33,7 +33,7 @@ class Study:
     def __init__(self, args):
         set_seed(args.seed); self.args, self.runs = args, args.runs/f"seed{args.seed}"; self.images = self.runs/"images"
         self.base, self.reward, self.processor = load_models(args.seed)
-        self.scenes = make_scenes(args.scenes, args.seed, "train"); self.rows = probe_rows(self.scenes, self.images, presence=args.presence, seed=args.seed)
+        self.scenes = make_scenes(args.scenes, args.seed, "train"); self.rows = probe_rows(self.scenes, self.images, presence=args.presence, written=False, seed=args.seed)
         self.test = scene_questions(make_scenes(args.test, args.seed, "test"), KINDS)
         self.config = dict(learning_rate=args.learning_rate, num_train_epochs=args.epochs, per_device_train_batch_size=args.batch, lr_scheduler_type="linear", warmup_steps=.1, weight_decay=0., logging_steps=5, report_to="none")
 

@@ -32,12 +32,13 @@ def probe_rows(
     folder: str | Path, # image folder
     name: str = "probe", # of the set
     presence: int = 8, # questions about random objects, for each image
+    written: bool = True, # also ask what is written
     seed: int = 0, # of the objects
 ) -> list[dict]: # question rows without truth
     "Questions to draw preferences from: a caption, what is written, and whether random objects are there."
     rng, rows = random.Random(f"probe {seed}"), []
     for i, path in enumerate(save_images(scenes, folder, name)):
-        texts = [*(ASK[k] for k in ("caption", "text", "house", "plate")), *(ASK["pope"].format(o) for o in rng.sample(OBJECTS, presence))]
+        texts = [*(ASK[k] for k in ("caption", *("text", "house", "plate") * written)), *(ASK["pope"].format(o) for o in rng.sample(OBJECTS, presence))]
         rows += [{"question_id": f"{name}/{i}/{k}", "image": path, "text": t} for k, t in enumerate(texts)]
     return rows
 
