@@ -33,7 +33,7 @@ def same(a, b):
     for name in one: torch.testing.assert_close(other[name].float(), one[name], rtol=1e-3, atol=2e-4, msg=lambda m: f"{name}: {m}")
 
 
-OPEN = pytest.mark.xfail(reason="open: the second forward under ZeRO-3 fails in DeepSpeed's parameter trace (pop from an empty deque)")
+OPEN = pytest.mark.xfail(run=False, reason="open: the second forward under ZeRO-3 fails in DeepSpeed's parameter trace (pop from an empty deque)")
 def stage3(*values): return pytest.param(*values, marks=OPEN)
 
 
@@ -69,7 +69,8 @@ def test_deepspeed_switched_off_is_an_error(folder):
 def test_gradients_equal_trl_under_zero(stage, tmp_path):
     "Two families, with and without LoRA: loss and gradient of TRL's trainer, two processes."
     run = subprocess.run([Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node", "2", ROOT / "tests/zero_worker.py", stage, tmp_path], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TITA_PROGRESS": "0", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TITA_PROGRESS": "0", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})  # where ninja is
     assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
     found = json.loads((tmp_path / f"{stage}.json").read_text()); assert len(found) == 4
     for name, far in found.items(): assert far["names"] and far["scale"] > 0 and far["loss"] < 1e-5 and far["margin"] < 1e-5 and far["gradient"] < 1e-5, (name, far)
