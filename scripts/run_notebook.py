@@ -12,7 +12,8 @@ from pathlib import Path
 
 MISTAKES = {"TitaError"}
 NO_SPACE = "No space left on device"
-CHATTER = ("Executing Cell", "Ending Cell", "Executing notebook with kernel", "Input Notebook", "Output Notebook")
+CHATTER = ("Executing Cell", "Ending Cell", "Executing notebook with kernel", "Input Notebook", "Output Notebook",
+    "Task exception was never retrieved") # of a cell that Ctrl-C left, when its process was gone before the task was cancelled
 
 def value(
     text: str, # as typed
@@ -83,7 +84,7 @@ def execute(
     import papermill
     from traitlets.config import Config
     logging.basicConfig(level="INFO", format="%(message)s")
-    for name in ("papermill", "traitlets"): logging.getLogger(name).addFilter(lambda r: not r.getMessage().startswith(CHATTER))
+    for name in ("papermill", "traitlets", "asyncio"): logging.getLogger(name).addFilter(lambda r: not r.getMessage().startswith(CHATTER))
     papermill.execute_notebook(notebook, target, given, kernel_name="python3", log_output=True, progress_bar=True,
                                config=Config(KernelManager={"transport_encryption": "auto"}))
 
