@@ -149,7 +149,7 @@ def start(argv, launcher=(), **env):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-def finish(process, timeout=3600):
+def finish(process, timeout=600):
     text, _ = process.communicate(timeout=timeout)
     return process.returncode, text
 

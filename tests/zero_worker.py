@@ -9,6 +9,7 @@ os.environ.setdefault("TQDM_DISABLE", "1"); os.environ.setdefault("DS_ACCELERATO
 import deepspeed, torch
 from peft import LoraConfig
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, DPOTrainer
 from tita.dpo import PrefixSharedDPOConfig, PrefixSharedDPOTrainer
 from test_train import as_dataset, rows, tiny_llava, tiny_qwen
@@ -40,6 +41,7 @@ class Keep(TrainerCallback):
 
 def step(kind, build, lora):
     "One step; loss, margin, and the gradient of each weight."
+    unset_hf_deepspeed_config()  # of the step before: under ZeRO-3 models would be born in parts
     model, processor = build(); policy = noised(model); keep = Keep(); torch.manual_seed(0)
     for n, p in policy.named_parameters(): p.requires_grad_("vision_tower" not in n and not ("visual" in n and "merger" not in n))
     peft = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False) if lora else None

@@ -6,7 +6,7 @@
 __all__ = ['RaggedLayer', 'RaggedCache', 'Stack', 'written_out']
 
 # %% ../nbs/26_cache.ipynb #e6586f71
-import torch
+import torch, weakref
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 class RaggedLayer(CacheLayerMixin):
     "Keys and values of one layer, (rows, heads, room, width), written where each row ends."
     is_sliding = False
-    def __init__(self, cache): super().__init__(); self.cache = cache
+    def __init__(self, cache): super().__init__(); self.cache = weakref.proxy(cache)  # no circle: a decoder's memory is free when the decoder is
     def lazy_initialization(self, k, v):
         self.keys, self.values = (x.new_zeros(self.cache.rows, x.shape[1], self.cache.room, x.shape[-1]) for x in (k, v))
         self.dtype, self.device, self.is_initialized = k.dtype, k.device, True

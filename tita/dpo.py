@@ -316,6 +316,12 @@ class PrefixSharedDPOTrainer(TreeForward, DPOTrainer):
         if isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names: return dataset
         return kept(tokenised(dataset, self.store, args.max_length, args.too_long, self._answers, args.share == "image"), Path(args.output_dir)/"reference"/dataset_name, args)
 
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        "TRL leaves its engine's hooks on the model; under ZeRO-3 they would fail once the engine of the training has renumbered the modules."
+        found = super()._precompute_ref_logps(dataset, name, batch_size)
+        if self._precompute_engine is not None: self._precompute_engine.destroy(); self._precompute_engine = None
+        return found
+
     def compute_ref_log_probs(self, model, inputs): return super().compute_ref_log_probs(self._like_model(model)[0], inputs)
 
     def _compute_loss(self, model, inputs, return_outputs):

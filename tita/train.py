@@ -6,7 +6,8 @@
 __all__ = ['METHODS', 'USAGE', 'V1', 'read_pairs', 'configure', 'mark_whole', 'last_checkpoint', 'meet', 'claim_run',
            'show_progress', 'dress', 'model_card', 'summary', 'finish_run', 'plain_model', 'load_run',
            'check_deepspeed', 'reshard', 'told_if_full', 'measure_before', 'run_trainer', 'sources_of', 'data_hash',
-           'train_dpo', 'train_sft', 'train_distill', 'DataOptions', 'parse', 'lora', 'load_parts', 'run', 'main']
+           'train_dpo', 'train_sft', 'train_distill', 'DataOptions', 'parse', 'lora', 'load_parts', 'whole', 'run',
+           'main']
 
 # %% ../nbs/22_train.ipynb #bf76b496
 import argparse, contextlib, dataclasses, difflib, errno, io, json, os, shutil, sys, time, warnings
@@ -465,8 +466,23 @@ def load_parts(data, args, options) -> tuple:
     processor = load_processor(data.processor or options.model_name_or_path)
     if data.chat_template: processor.chat_template = V1 if data.chat_template == "v1" else Path(data.chat_template).read_text()
     more = {k: v for k, v in dict(attn_implementation=options.attn_implementation, quantization_config=get_quantization_config(options)).items() if v is not None}
-    if is_deepspeed_zero3_enabled(): more["tp_plan"] = None  # its parts are placed by DeepSpeed
-    return load_vlm(options.model_name_or_path, options.dtype, device="cpu", **more), processor
+    if not is_deepspeed_zero3_enabled(): return load_vlm(options.model_name_or_path, options.dtype, device="cpu", **more), processor
+    model = load_vlm(options.model_name_or_path, options.dtype, device="cpu", tp_plan=None, **more)  # its parts are placed by DeepSpeed
+    model._weight_conversions = [c for c in getattr(model, "_weight_conversions", None) or [] if c.was_used()]  # as without ZeRO-3; else the weights would be saved under names that nobody knows
+    return model, processor
+
+# %% ../nbs/22_train.ipynb #9b4c1f07
+@contextlib.contextmanager
+def whole(
+    args, # a training configuration
+):
+    "Models that are loaded here are whole, also under ZeRO-3: for one that a single process runs."
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+    known = getattr(args, "hf_deepspeed_config", None) or getattr(args.deepspeed_plugin, "dschf", None)
+    unset_hf_deepspeed_config()
+    try: yield
+    finally:
+        if known: set_hf_deepspeed_config(known)
 
 # %% ../nbs/22_train.ipynb #0fc2124e
 def run(method: str, argv: list):
@@ -479,7 +495,9 @@ def run(method: str, argv: list):
         from tita.models import load_vlm
         if options.use_peft: raise TitaError("distill trains all weights; leave --use_peft out")
         if images is None or len(images) != 1: raise TitaError("distill needs one image folder: --images FOLDER")
-        _, history = train_distill(lambda: load_vlm(data.base, "auto"), model, processor, data.pairs, images[0], teacher=str(data.base), **same)
+        def teacher():
+            with whole(args): return load_vlm(data.base, "auto")
+        _, history = train_distill(teacher, model, processor, data.pairs, images[0], teacher=str(data.base), **same)
     elif method == "sft": _, history = train_sft(model, processor, data.pairs, images, peft_config=lora(model, options, args.freeze_projector), **same)
     else: _, history = train_dpo(model, processor, data.pairs, images, peft_config=lora(model, options, args.freeze_projector), eval_pairs=data.eval_pairs or None, **same)
     if int(os.environ.get("RANK", 0)) == 0: print(f"{args.output_dir}: {', '.join(f'{k} {v:.4g}' for k, v in summary(history).items())}")
