@@ -48,7 +48,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--questions", type=int, default=500); p.add_argument("--latency", type=float, default=.05); p.add_argument("--concurrency", type=int, default=32)
     p.add_argument("--tokens", type=int, default=4, help="tokens in an answer"); p.add_argument("--image", action="store_true", help="send an image with each question")
-    p.add_argument("--repeat", type=int, default=3, help="runs, of which the fastest counts"); p.add_argument("--out", help="write the numbers as JSON")
+    p.add_argument("--repeat", type=int, default=5, help="runs, of which the fastest counts"); p.add_argument("--out", help="write the numbers as JSON")
     a = p.parse_args(); os.environ.setdefault("TITA_PROGRESS", "0")
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp); questions = make_questions(folder, a.questions, a.image)

@@ -10,6 +10,7 @@ __all__ = ['STATUS', 'AGAIN', 'Settings', 'encode_image', 'make_body', 'estimate
 import asyncio, base64, email.utils, functools, io, json, math, random, re, time
 from dataclasses import dataclass, field
 from pathlib import Path
+import anyio
 from fastcore.basics import patch
 from .core import TitaError, open_image
 from .providers import Endpoint, Secret, any_endpoint, redact
@@ -168,19 +169,25 @@ def add(self: Reply, piece, at: float):
         self.end = choice.get("finish_reason") or self.end
 
 # %% ../nbs/44_client.ipynb #0abdb8ae
+@functools.cache
+def _bare() -> dict:
+    "Request headers that only tell the client's maker about this machine, switched off."
+    from openai import Omit
+    return {f"x-stainless-{k}": Omit() for k in ("lang", "package-version", "os", "arch", "runtime", "runtime-version", "async", "retry-count", "read-timeout")}
+
 async def complete(
     client, # openai.AsyncOpenAI
     body: dict, # the request
 ) -> Reply:
     "Make one attempt. Raises whatever went wrong; an answer without its end is `truncated`."
     from openai import AsyncStream
-    start, reply = time.perf_counter(), Reply()
+    start, reply, url, options = time.perf_counter(), Reply(), f"{client.base_url}chat/completions", dict(headers=_bare())
     if body.get("stream"):
-        pieces = await client.post("/chat/completions", body=body, cast_to=object, stream=True, stream_cls=AsyncStream[object])
+        pieces = await client.post(url, body=body, cast_to=object, options=options, stream=True, stream_cls=AsyncStream[object])
         if "json" in pieces.response.headers.get("content-type", ""): reply.add(json.loads(await pieces.response.aread()), time.perf_counter() - start)
         else:
             async for piece in pieces: reply.add(piece, time.perf_counter() - start)
-    else: reply.add(await client.post("/chat/completions", body=body, cast_to=object), None); reply.times = []
+    else: reply.add(await client.post(url, body=body, cast_to=object, options=options), None); reply.times = []
     reply.seconds = time.perf_counter() - start
     if reply.end is None: raise Trouble("truncated", f"the answer breaks off after {len(reply.text)} characters")
     return reply
@@ -189,11 +196,9 @@ async def complete(
 def http_client(
     url: str, # address of the endpoint
 ): # for `AsyncOpenAI`
-    "The HTTP library below the official client: aiohttp if it is there, else httpx."
+    "The HTTP library below the official client."
     import openai
-    plain = dict(verify=False, follow_redirects=False) if url.startswith("http:") else {}
-    try: return openai.DefaultAioHttpClient(**plain)
-    except (RuntimeError, AttributeError): return openai.DefaultAsyncHttpxClient(**plain)
+    return openai.DefaultAioHttpClient(**dict(verify=False, follow_redirects=False) if url.startswith("http:") else {})
 
 # %% ../nbs/44_client.ipynb #8a498d36
 class Client:
@@ -220,7 +225,8 @@ class Client:
 async def attempt(self: Client, body: dict) -> Reply:
     "One attempt within the time limit. Raises `Trouble`; defects stay what they are."
     if not self.counts: body = {k: v for k, v in body.items() if k != "stream_options"}
-    try: return await asyncio.wait_for(complete(self.api, body), self.settings.timeout)
+    try:
+        with anyio.fail_after(self.settings.timeout): return await complete(self.api, body)
     except Exception as e:
         if (trouble := name_trouble(e)) is None: raise
         trouble.args = redact(re.sub(r"\s+", " ", str(trouble))[:300], self.endpoint.key),

@@ -157,11 +157,15 @@ def encode_rows(
     answers=("chosen", "rejected"), # names of the answers in a row
 ) -> list[dict]: # per row: image_ids, prompt_ids (a placeholder for each image), and NAME_ids for each answer
     "Tokenise all rows at once. Raises `TitaError` for a row whose images and placeholders do not match."
-    texts, numbers = [], []
+    texts, numbers, seen = [], [], {}
+    def render(prompt, answer):
+        "As the template writes them; few questions and answers are new."
+        if (key := repr((prompt, answer))) not in seen: seen[key] = apply_chat_template({"prompt": prompt, "completion": answer}, store.processor)
+        return seen[key]
     for i, row in enumerate(progress(rows, "reading rows", unit="row")):
         images, messages = as_messages(row, answers)
         numbers.append([store.add(im, row.get("view", "clean"), row.get("view_seed", 0)) for im in images])
-        rendered = [apply_chat_template({"prompt": messages["prompt"], "completion": messages[a]}, store.processor) for a in answers]
+        rendered = [render(messages["prompt"], messages[a]) for a in answers]
         texts.append([rendered[0]["prompt"], *(r["completion"] for r in rendered)])
     ids = store.processor.tokenizer([t for row in texts for t in row], add_special_tokens=False)["input_ids"] if texts else []
     names, k = ["prompt_ids", *(f"{a}_ids" for a in answers)], 1 + len(answers)
