@@ -304,7 +304,7 @@ def check_questions_file(
             counts["rows"] += 1
             if (name := row["image"]) is None: continue
             if name not in known: known[name] = check_image(root, name); counts["images"] += 1; counts[known[name][0] or "found"] += 1
-            if known[name][0]: wrong.append((line, *known[name]))
+            if (kind := known[name][0]): wrong.append((line, kind, f"question {row['question_id']}: {known[name][1]}"))
     except TitaError as e: # what follows cannot be read
         if not (m := re.match(re.escape(str(path)) + r":(\d+): (.*)", str(e), re.S)): raise
         bad(int(m[1]), "", m[2])
