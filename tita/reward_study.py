@@ -142,6 +142,6 @@ def draw_grid(
             ax.errorbar(x, v, [[a - b for a, b in zip(v, low)], [a - b for a, b in zip(high, v)]], color=color, marker="o", ms=4, lw=1.3, elinewidth=.9, label=f"t = {view.rpartition('-')[2]}")
         ax.set(xscale="log", xlabel="parameters of the reward"); ax.minorticks_off(); ax.set_xticks(sizes, [count_text(s) for s in sizes])
         ax.set_title({"auc": "Token rewards, AUC ↑", "pair_accuracy": "Held-out pairs, % ↑"}.get(metric) or metric_title(metric))
-    axes[0].legend(frameon=False, fontsize=8)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     fig.alt = "Reward size and noise level: " + "; ".join(f"{count_text(c['parameters'])}, {c['view']}: " + ", ".join(f"{m} {c[m]['value']:.2f}" for m in metrics) for c in cells)
     return fig
