@@ -33,7 +33,8 @@ def expected_tokens(
 class Pace:
     "Measured seconds of steps: by batch size (in powers of two) and mode (a draft length, or 'lazy')."
     longest = 8 # drafts beyond this were never worth it
-    gain, again = 1.05, 64 # what a mode must promise to be taken; steps after which one without draft is measured again
+    promised = 1., 0 # speed over a step without draft, and for which draft
+    gain, start, again = 1.05, 1.2, 64 # what a mode must promise to be taken, and to be taken by rows of one length, which it parts; steps after which one without draft is measured again
     def __init__(self,
         times: dict | None = None, # measurements to share
     ): self.times = {} if times is None else times
@@ -43,6 +44,7 @@ class Pace:
         size = n.bit_length(); self.times.setdefault((size, mode), deque(maxlen=32 if mode == "lazy" else 9)).append(seconds)
         self.times[size, "since"] = 0 if mode == 0 else self.times.get((size, "since"), 0) + 1
 
+    def due(self, n: int) -> bool: "Must a step without draft be measured?"; return self.seconds(n, 0) is None or self.times[n.bit_length(), "since"] >= self.again
     def tried(self, n: int, mode) -> int: return len(self.times.get((n.bit_length(), mode), ()))
     def seconds(self, n: int, mode) -> float | None:
         "The usual time of a step: the median, but the mean of lazy steps, of which some are dear by nature."
@@ -55,17 +57,35 @@ class Pace:
         plain = self.seconds(n, 0); known = [(k, self.seconds(n, k)) for k in range(1, self.longest + 1) if plain and self.tried(n, k) >= 2]
         return max(.01, median((s / plain - 1) / k for k, s in known)) if known else .3  # a guess that makes it try
 
-    def best(self, n: int, rates: Tensor, unsure: float = 1.) -> int | str: # a draft length, or 'lazy'
-        "The mode that promises most tokens a second, for rows with these acceptance rates and a share of steps where the base is unsure."
-        if (plain := self.seconds(n, 0)) is None or self.times[n.bit_length(), "since"] >= self.again: return 0
-        k = torch.arange(self.longest + 1); gain = expected_tokens(rates, k).mean(0) / (1 + self.slope(n) * k); top = gain.max()
-        lazy = plain / (self.seconds(n, "lazy") or plain * (.6 + .4 * unsure)) if unsure < 1 else 0.
-        return "lazy" if lazy > max(top, self.gain) else int(gain.argmax()) if top > self.gain else 0
+    def best(self,
+        n: int, # rows
+        rates: Tensor, # (n) their acceptance rates
+        unsure: float = 1., # share of steps where the base is unsure
+        even: bool = False, # are all rows equally long?
+        last: bool = False, # does no other row wait for their places? Then the slowest of them counts
+    ) -> int | str: # a draft length, or 'lazy'
+        "The mode that promises most tokens a second."
+        if self.due(n): return 0
+        k = torch.arange(self.longest + 1); each = expected_tokens(rates, k); gain = (each.amin(0) if last else each.mean(0)) / (1 + self.slope(n) * k); gain[1:] *= self.trust(n); top = gain.max()
+        self.promised, plain = (float(top), int(gain.argmax())), self.seconds(n, 0); lazy = plain / (self.seconds(n, "lazy") or plain * (.6 + .4 * unsure)) if unsure < 1 else 0.
+        least = self.start if even and n > 1 else self.gain
+        return "lazy" if lazy > max(top, least) else int(gain.argmax()) if top > least else 0
+
+# %% ../nbs/32_speculate.ipynb #6a4c9be2
+@patch
+def trust(self: Pace, n: int) -> float: "What drafts brought over what they promised, lately."; return self.times.get((n.bit_length(), "trust"), 1.)
+
+@patch
+def check(self: Pace, n: int, k: int, tokens: float, seconds: float):
+    "Learn from a block of k drafts that gave each row so many tokens; from k = 0 that doubts grow old."
+    size, old = n.bit_length(), self.trust(n)
+    if k == 0: self.times[size, "trust"] = old + .02 * (1 - old)
+    elif k == self.promised[1]: self.times[size, "trust"] = min(1.2, old * (1 + .2 * (min(tokens * self.seconds(n, 0) / seconds / self.promised[0], 2.) - 1)))
 
 # %% ../nbs/32_speculate.ipynb #b8bf56fd
 class SpeculativeEngine(Engine):
     "An engine whose first reward drafts. Raises `TitaError` for a draft that means nothing."
-    watch = True
+    watch, patience = True, 7 # plain steps after a look that promised nothing
     def __init__(self,
         *args, # of `Engine`
         draft: int | str = "auto", # a length, "auto" or "lazy"
@@ -76,6 +96,7 @@ class SpeculativeEngine(Engine):
         if draft == "lazy" and not self.guidance.lazy: raise TitaError("draft='lazy' needs bounded guidance; give a bound in nats (bound=1.), or take draft='auto'")
         self.draft, self.pace, self.drafter = draft, Pace(pace), self.experts[1]
         self.clock = time.thread_time if self.drafter.device.type == "cpu" else time.perf_counter  # on a CPU what other programs take does not count
+        self.rest = 0 # plain steps to make before the next look
         self.tried, self.right, self.unsure, self.late = torch.zeros(self.slots), torch.zeros(self.slots), torch.full((self.slots,), .5), 0.
         self.pace.times.setdefault("rate", .7)
         self.drafted = self.accepted = self.blocks = self.asked = self.answered = 0
@@ -84,7 +105,7 @@ class SpeculativeEngine(Engine):
     @property
     def rate(self) -> Tensor: "Acceptance per row, a new row's that of the rows before it."; return (3 * self.pace.times["rate"] + self.right) / (3 + self.tried)
     def _records(self): return [*super()._records(), self.tried, self.right, self.unsure, self.own]
-    def _seat(self, rows, a, b): super()._seat(rows, a, b); self.tried[a:b] = self.right[a:b] = 0
+    def _seat(self, rows, a, b): super()._seat(rows, a, b); self.tried[a:b] = self.right[a:b] = 0; self.rest = 0
     def _widen(self, width): super()._widen(width); self.own = F.pad(self.own, (0, self.tokens.shape[1] - self.own.shape[1]))
 
 ENGINES["speculate"] = SpeculativeEngine
@@ -258,19 +279,36 @@ def _mode(self: SpeculativeEngine) -> int | str: # a draft length, or "lazy"
     lazy = self.guidance.lazy and not any(s.temperature for s in groups)
     if self.draft == "lazy": return "lazy" if lazy else 0
     if self.draft != "auto": return max(0, min(most, self.draft))
-    mode = self.pace.best(n, self.rate[:n], float(1 - (1 - self.unsure[:n]).prod()) if lazy else 1.)
+    long = self.experts[0].lens[:n]
+    mode = self.pace.best(n, self.rate[:n], float(1 - (1 - self.unsure[:n]).prod()) if lazy else 1., bool((long == long[0]).all()), not self.queue)
     return mode if mode == "lazy" else max(0, min(most, mode))
 
 @patch
 def _advance(self: SpeculativeEngine):
     "One step, in the mode that suits."
-    mode, n = self._mode(), self.n
+    n, auto = self.n, self.draft == "auto"
+    if auto and not self.rest and self.pace.due(n): self.rest = 1
+    if self.rest: return self._unwatched()
+    mode = self._mode()
+    if auto and mode == 0: self.rest = self.patience; self.pace.check(n, 0, 0., 0.); self._settle(torch.arange(n)); return self._plain()
     if mode != "lazy": self._settle(torch.arange(n))
     started, self.late = (self.clock() - self.late, 0.) if mode == "lazy" else (self.clock(), self.late)
+    before = self.produced
     if mode == "lazy": self._lazy()
     elif mode: self._block(mode)
     else: self._plain()
-    self.pace.note(n, mode, self.clock() - started)
+    seconds = self.clock() - started; self.pace.note(n, mode, seconds)
+    if auto and mode != "lazy": self.pace.check(n, mode, (self.produced - before) / n, seconds)
+
+# %% ../nbs/32_speculate.ipynb #7b5d0cf3
+@patch
+def _unwatched(self: SpeculativeEngine):
+    "One token a row, and nothing learned but how long it takes."
+    n = self.n; self._settle(torch.arange(n)); started = self.clock()
+    self.watch, self.rest = False, self.rest - 1
+    try: super(SpeculativeEngine, self)._advance()
+    finally: self.watch = True
+    self.pace.note(n, 0, self.clock() - started)
 
 @patch
 def _plain(self: SpeculativeEngine):
