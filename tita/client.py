@@ -8,6 +8,7 @@ __all__ = ['STATUS', 'AGAIN', 'Settings', 'encode_image', 'make_body', 'estimate
 
 # %% ../nbs/44_client.ipynb #91421d0a
 import asyncio, base64, email.utils, functools, io, json, math, random, re, time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 import anyio
@@ -175,15 +176,35 @@ def _bare() -> dict:
     from openai import Omit
     return {f"x-stainless-{k}": Omit() for k in ("lang", "package-version", "os", "arch", "runtime", "runtime-version", "async", "retry-count", "read-timeout")}
 
+@functools.cache
+def _pieces():
+    "A stream of the official client that gives plain objects, without an event for each."
+    from openai import APIError, AsyncStream
+    class Pieces(AsyncStream[object]):
+        async def __stream__(self):
+            chunks, rest = self.response.aiter_bytes(), b""
+            try:
+                async for chunk in chunks:
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    for data in (l[5:].strip() for l in lines if l.startswith(b"data:")):
+                        if data == b"[DONE]":
+                            with suppress(Exception), anyio.move_on_after(.1): # the rest is read, so that the connection can be used again
+                                async for _ in chunks: pass
+                            return
+                        piece = json.loads(data); error = isinstance(piece, dict) and piece.get("error")
+                        if error: raise APIError(str(isinstance(error, dict) and error.get("message") or "an error during the stream"), self.response.request, body=error)
+                        yield piece
+            finally: await self.response.aclose()
+    return Pieces
+
 async def complete(
     client, # openai.AsyncOpenAI
     body: dict, # the request
 ) -> Reply:
     "Make one attempt. Raises whatever went wrong; an answer without its end is `truncated`."
-    from openai import AsyncStream
     start, reply, url, options = time.perf_counter(), Reply(), f"{client.base_url}chat/completions", dict(headers=_bare())
     if body.get("stream"):
-        pieces = await client.post(url, body=body, cast_to=object, options=options, stream=True, stream_cls=AsyncStream[object])
+        pieces = await client.post(url, body=body, cast_to=object, options=options, stream=True, stream_cls=_pieces())
         if "json" in pieces.response.headers.get("content-type", ""): reply.add(json.loads(await pieces.response.aread()), time.perf_counter() - start)
         else:
             async for piece in pieces: reply.add(piece, time.perf_counter() - start)
