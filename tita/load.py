@@ -9,7 +9,7 @@ __all__ = ['check_question', 'read_questions', 'result_key', 'count_tokens', 'Jo
 
 # %% ../nbs/45_load.ipynb #fc1daa83
 import asyncio, hashlib, math, queue, random, socket, threading, time
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -127,18 +127,15 @@ class Sink:
             items = [item]
             while not self._queue.empty() and (item := self._queue.get()) is not None: items.append(item)
             try:
-                if not self.error: self.writer.write_many([row for row, *_ in items])
+                if not self.error: self.writer.write_many([row for row, _ in items])
             except BaseException as e: self.error = e
-            for loop, done in {(loop, tuple(d for _, l, d in items if l is loop)) for _, loop, _ in items if loop}:
-                with suppress(RuntimeError): loop.call_soon_threadsafe(lambda done: [d.done() or d.set_result(None) for d in done], done)
+            for _, saved in items: saved.set_result(None)
 
-    def put(self, row): # None outside of an event loop; inside, what to await
-        "Queue a row. What it returns in an event loop is done when the row is on the disk."
+    def put(self, row) -> Future: # done when the row is on the disk
+        "Queue a row."
         if self.error: raise self.error
-        try: loop = asyncio.get_running_loop(); done = loop.create_future()
-        except RuntimeError: loop = done = None
-        self._queue.put((row, loop, done))
-        return done
+        saved = Future(); saved.set_running_or_notify_cancel(); self._queue.put((row, saved))
+        return saved
 
     def __enter__(self): self._thread.start(); return self
     def __exit__(self, kind, *exc):
@@ -243,26 +240,25 @@ async def image(self: Batch, job: Job):
 
 @patch
 async def one(self: Batch, client: Client, job: Job, due: float | None = None):
-    "Ask one question and hand its row on. Returns what to await until it is on the disk."
+    "Ask one question, hand its row on, and wait until it is on the disk."
     started, tries, reply, size = time.time(), [], None, None
     try:
         url, size = await self.image(job); sent = time.monotonic()
         reply, tries = await client.ask(make_body(self.endpoint.model, job.question["text"], url, self.settings))
     except TitaError as e: sent, tries = time.monotonic(), [dict(seconds=0., error="image", message=str(e), wait=0.)]
-    return self.on_row(make_row(job, reply, tries, size, started, max(0., sent - due) if due else 0.))
+    saved = self.on_row(make_row(job, reply, tries, size, started, max(0., sent - due) if due else 0.))
+    if saved: await asyncio.wrap_future(saved)
 
 # %% ../nbs/45_load.ipynb #a9bf3aab
 @patch
 async def users(self: Batch, client: Client):
     "A closed load: so many users, each of whom asks the next question after an answer."
     async def user():
-        saved = None
         for job in self.pending:
             if not self.budget.fits(): return
             self.budget.open += 1
-            try: before, saved = saved, await self.one(client, job)
+            try: await self.one(client, job)
             finally: self.budget.open -= 1
-            if before: await before
     await _together(user() for _ in range(min(self.load.label()["concurrency"], len(self.jobs))))
 
 @patch
@@ -299,7 +295,7 @@ class Board:
     def __init__(self, sink: Sink, budget: Budget, bar):
         self.sink, self.budget, self.bar, self.rows, self.errors, self.currency = sink, budget, bar, 0, {}, None
 
-    def __call__(self, row: dict): # done when the row is on the disk
+    def __call__(self, row: dict) -> Future: # done when the row is on the disk
         if row["error_kind"] == "authentication":
             raise TitaError(f"{row['model']} refuses the key: {row['error']}; check it and run again (nothing was written for this question)")
         saved = self.sink.put(row); self.rows += 1; self.budget.pay(row["cost"]); self.currency = row["currency"] or self.currency
