@@ -171,10 +171,11 @@ def add(self: Reply, piece, at: float):
 
 # %% ../nbs/44_client.ipynb #0abdb8ae
 @functools.cache
-def _bare() -> dict:
-    "Request headers that only tell the client's maker about this machine, switched off."
+def _options() -> dict:
+    "Of each request: no headers that only tell the client's maker about this machine, no retries, no key that marks a repetition."
     from openai import Omit
-    return {f"x-stainless-{k}": Omit() for k in ("lang", "package-version", "os", "arch", "runtime", "runtime-version", "async", "retry-count", "read-timeout")}
+    told = "lang", "package-version", "os", "arch", "runtime", "runtime-version", "async", "retry-count", "read-timeout"
+    return dict(headers={f"x-stainless-{k}": Omit() for k in told}, max_retries=0, timeout=None, params={}, idempotency_key="none")
 
 @functools.cache
 def _pieces():
@@ -202,7 +203,7 @@ async def complete(
     body: dict, # the request
 ) -> Reply:
     "Make one attempt. Raises whatever went wrong; an answer without its end is `truncated`."
-    start, reply, url, options = time.perf_counter(), Reply(), f"{client.base_url}chat/completions", dict(headers=_bare())
+    start, reply, url, options = time.perf_counter(), Reply(), f"{client.base_url}chat/completions", _options()
     if body.get("stream"):
         pieces = await client.post(url, body=body, cast_to=object, options=options, stream=True, stream_cls=_pieces())
         if "json" in pieces.response.headers.get("content-type", ""): reply.add(json.loads(await pieces.response.aread()), time.perf_counter() - start)
@@ -219,7 +220,11 @@ def http_client(
 ): # for `AsyncOpenAI`
     "The HTTP library below the official client."
     import openai
-    return openai.DefaultAioHttpClient(**dict(verify=False, follow_redirects=False) if url.startswith("http:") else {})
+    class Http(openai.DefaultAioHttpClient):
+        def build_request(self, method, url, **more): return super().build_request(method, self.parse(url), **more)
+    http = Http(**dict(verify=False, follow_redirects=False) if url.startswith("http:") else {})
+    http.parse = functools.cache(type(http.base_url))
+    return http
 
 # %% ../nbs/44_client.ipynb #8a498d36
 class Client:
@@ -235,7 +240,7 @@ class Client:
     async def __aenter__(self):
         from openai import AsyncOpenAI, Omit
         e = self.endpoint
-        self.api = AsyncOpenAI(api_key=e.key.reveal() if e.key else "none", base_url=e.base_url, max_retries=0, timeout=self.settings.timeout,
+        self.api = AsyncOpenAI(api_key=e.key.reveal() if e.key else "none", base_url=e.base_url, max_retries=0, timeout=None,
             default_headers={"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}, http_client=http_client(e.base_url))
         return self
 

@@ -9,6 +9,7 @@ __all__ = ['IMAGE_SUFFIXES', 'TitaError', 'cli', 'progress', 'stable_hash', 'see
 # %% ../nbs/00_core.ipynb #b51c0115
 import contextlib, errno, functools, hashlib, importlib.metadata, json, os, platform, random, re, subprocess, sys, tempfile, time
 from pathlib import Path
+from fastcore.basics import patch
 from tqdm import tqdm
 
 # %% ../nbs/00_core.ipynb #0f6f414c
@@ -169,18 +170,28 @@ class JsonlWriter:
         self.rows += 1
         if self._key: self.done.add(self._key(row))
 
-    def write_many(self, rows):
-        "Append a batch of rows and sync once."
-        rows = list(rows)
-        if not rows: return
-        self._file.write(b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in rows))
-        self._file.flush(); os.fsync(self._file.fileno())
-        for row in rows: self._count(row)
-
-    def write(self, row): "Append one row and sync."; self.write_many([row])
     def close(self): self._file.close()
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
+
+# %% ../nbs/00_core.ipynb #9c41d2f3
+@patch
+def append(self: JsonlWriter, rows):
+    "Hand rows to the operating system: a kill of the process loses none of them, a loss of power may before `sync`."
+    rows = list(rows)
+    self._file.write(b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in rows)); self._file.flush()
+    for row in rows: self._count(row)
+
+@patch
+def sync(self: JsonlWriter): "Wait until everything is on the disk."; os.fsync(self._file.fileno())
+
+@patch
+def write_many(self: JsonlWriter, rows):
+    "Append a batch of rows and sync once."
+    if rows := list(rows): self.append(rows); self.sync()
+
+@patch
+def write(self: JsonlWriter, row): "Append one row and sync."; self.write_many([row])
 
 # %% ../nbs/00_core.ipynb #58388bba
 IMAGE_SUFFIXES = ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".JPG", ".JPEG", ".PNG"

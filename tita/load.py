@@ -8,8 +8,7 @@ __all__ = ['check_question', 'read_questions', 'result_key', 'count_tokens', 'Jo
            'run_load', 'write_run']
 
 # %% ../nbs/45_load.ipynb #fc1daa83
-import asyncio, hashlib, math, queue, random, socket, threading, time
-from concurrent.futures import Future
+import asyncio, hashlib, math, random, socket, threading, time
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -116,30 +115,28 @@ def make_row(
 
 # %% ../nbs/45_load.ipynb #394f7481
 class Sink:
-    "Writes rows in a thread; use it as a context manager. `put` raises what went wrong in the thread."
+    "Appends rows at once and syncs them in a thread; use it as a context manager. `put` raises what went wrong in the thread."
     def __init__(self, writer: JsonlWriter):
-        self.writer, self.error, self._queue = writer, None, queue.SimpleQueue()
+        self.writer, self.error, self._new, self._end = writer, None, False, threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def _work(self):
-        item = True
-        while item is not None and (item := self._queue.get()) is not None:
-            items = [item]
-            while not self._queue.empty() and (item := self._queue.get()) is not None: items.append(item)
-            try:
-                if not self.error: self.writer.write_many([row for row, _ in items])
-            except BaseException as e: self.error = e
-            for _, saved in items: saved.set_result(None)
+        while not self._end.wait(.02): self._sync()
 
-    def put(self, row) -> Future: # done when the row is on the disk
-        "Queue a row."
+    def _sync(self):
+        if not self._new: return
+        self._new = False
+        try: self.writer.sync()
+        except Exception as e: self.error = self.error or e
+
+    def put(self, row):
+        "Append a row; it is synced soon."
         if self.error: raise self.error
-        saved = Future(); saved.set_running_or_notify_cancel(); self._queue.put((row, saved))
-        return saved
+        self.writer.append([row]); self._new = True
 
     def __enter__(self): self._thread.start(); return self
     def __exit__(self, kind, *exc):
-        self._queue.put(None); self._thread.join()
+        self._end.set(); self._thread.join(); self._sync()
         if self.error and kind is None: raise self.error
 
 # %% ../nbs/45_load.ipynb #9fd590c2
@@ -240,14 +237,13 @@ async def image(self: Batch, job: Job):
 
 @patch
 async def one(self: Batch, client: Client, job: Job, due: float | None = None):
-    "Ask one question, hand its row on, and wait until it is on the disk."
+    "Ask one question, and write its row."
     started, tries, reply, size = time.time(), [], None, None
     try:
         url, size = await self.image(job); sent = time.monotonic()
         reply, tries = await client.ask(make_body(self.endpoint.model, job.question["text"], url, self.settings))
     except TitaError as e: sent, tries = time.monotonic(), [dict(seconds=0., error="image", message=str(e), wait=0.)]
-    saved = self.on_row(make_row(job, reply, tries, size, started, max(0., sent - due) if due else 0.))
-    if saved: await asyncio.wrap_future(saved)
+    self.on_row(make_row(job, reply, tries, size, started, max(0., sent - due) if due else 0.))
 
 # %% ../nbs/45_load.ipynb #a9bf3aab
 @patch
@@ -276,9 +272,11 @@ async def clock(self: Batch, client: Client):
 
 # %% ../nbs/45_load.ipynb #3dc810f0
 async def _together(coroutines):
-    "Run all; when one fails, cancel the others, wait for them, and raise its error."
-    tasks = [asyncio.ensure_future(c) for c in coroutines]
-    try: await asyncio.gather(*tasks)
+    "Run all; when one fails, cancel the others, wait for them, and raise its error. Each may send before the next one is started."
+    tasks = []
+    try:
+        for c in coroutines: tasks.append(asyncio.ensure_future(c)); await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
     finally:
         for t in tasks: t.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -295,14 +293,13 @@ class Board:
     def __init__(self, sink: Sink, budget: Budget, bar):
         self.sink, self.budget, self.bar, self.rows, self.errors, self.currency = sink, budget, bar, 0, {}, None
 
-    def __call__(self, row: dict) -> Future: # done when the row is on the disk
+    def __call__(self, row: dict):
         if row["error_kind"] == "authentication":
             raise TitaError(f"{row['model']} refuses the key: {row['error']}; check it and run again (nothing was written for this question)")
-        saved = self.sink.put(row); self.rows += 1; self.budget.pay(row["cost"]); self.currency = row["currency"] or self.currency
+        self.sink.put(row); self.rows += 1; self.budget.pay(row["cost"]); self.currency = row["currency"] or self.currency
         if not row["success"]: self.errors[row["error_kind"]] = self.errors.get(row["error_kind"], 0) + 1
         money = f", {self.currency} {self.budget.spent:.4f}" if self.budget.paid else ""
         self.bar.set_postfix_str(f"{sum(self.errors.values())} errors{money}", refresh=False); self.bar.update()
-        return saved
 
 # %% ../nbs/45_load.ipynb #2034932d
 def plan(questions, endpoints, settings: Settings, loads, images, done) -> list: # triples of endpoint, load and its open jobs

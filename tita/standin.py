@@ -156,21 +156,24 @@ async def respond(self: StandIn, body, fault, headers, write):
 # %% ../nbs/43_standin.ipynb #20255803
 @patch
 async def stream(self: StandIn, body, fault, text, usage, write):
-    "Send an answer word by word; false closes the connection."
+    "Send an answer word by word, what is due at one moment in one piece; false closes the connection."
     model, who, words = body["model"], self.models[body["model"]], _words(text)
-    def send(data): write(b"%x\r\n%s\r\n" % (len(data), data))
-    write(b"HTTP/1.1 200 -\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
-    for i, word in enumerate(words):
-        if i: await asyncio.sleep(who.itl) if who.itl else None
-        send(_chunk(model, dict(content=word)))
-        if fault == "cut": return False
-        if fault == "truncate": write(b"0\r\n\r\n"); return True
-        if fault == "json": send(b"data: {oops\n\n")
-        if fault == "error": send(b'data: {"error": {"message": "the engine stopped", "code": 500}}\n\n')
-    send(_chunk(model, {}, "stop"))
-    if self.usage and body.get("stream_options", {}).get("include_usage"): send(_chunk(model, usage=usage))
-    send(b"data: [DONE]\n\n"); write(b"0\r\n\r\n")
-    return True
+    due = [b"HTTP/1.1 200 -\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"]
+    def say(data): due.append(b"%x\r\n%s\r\n" % (len(data), data))
+    def send(): write(b"".join(due)); due.clear()
+    try:
+        for i, word in enumerate(words):
+            if i and who.itl: send(); await asyncio.sleep(who.itl)
+            say(_chunk(model, dict(content=word)))
+            if fault == "cut": return False
+            if fault == "truncate": due.append(b"0\r\n\r\n"); return True
+            if fault == "json": say(b"data: {oops\n\n")
+            if fault == "error": say(b'data: {"error": {"message": "the engine stopped", "code": 500}}\n\n')
+        say(_chunk(model, {}, "stop"))
+        if self.usage and body.get("stream_options", {}).get("include_usage"): say(_chunk(model, usage=usage))
+        say(b"data: [DONE]\n\n"); due.append(b"0\r\n\r\n")
+        return True
+    finally: send()
 
 # %% ../nbs/43_standin.ipynb #ae4b58ba
 @patch
