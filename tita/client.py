@@ -177,6 +177,7 @@ def _options() -> dict:
     told = "lang", "package-version", "os", "arch", "runtime", "runtime-version", "async", "retry-count", "read-timeout"
     return dict(headers={f"x-stainless-{k}": Omit() for k in told}, max_retries=0, timeout=None, params={}, idempotency_key="none")
 
+# %% ../nbs/44_client.ipynb #2be0d6c4
 @functools.cache
 def _pieces():
     "A stream of the official client that gives plain objects, without an event for each."
