@@ -128,10 +128,10 @@ def counted(engines: list) -> dict:
 
 def predict(rows: dict, pace: Pace, batch: int, rate: float):
     "Beside each measured ratio the one that measured costs promise: drafts by their acceptance, lazy guidance by the share of unsure tokens."
-    plain, alone = rows["ours, draft 0"]["ratio"], rows["ours, base only"]["ratio"]; steps = min(1., (pace.seconds(batch, 0) or 0) * rows["ours, draft 0"]["tokens_per_s"] / batch)  # their share of the time; the rest is reading prompts
+    plain, alone = rows["ours, draft 0"]["ratio"], rows["ours, base only"]["ratio"]; steps = min(1., (pace.plain(batch) or 0) * rows["ours, draft 0"]["tokens_per_s"] / batch)  # their share of the time; the rest is reading prompts
     for n, r in rows.items():
         k = int(n.split()[-1]) if n.startswith("ours, draft") else 0
-        if k: r["predicted"] = plain / (1 - steps + steps * (1 + pace.slope(batch) * k) / float(expected_tokens(torch.tensor([rate]), torch.tensor([k]))[0, 0]))
+        if k: r["predicted"] = plain / (1 - steps + steps * float(pace.costs(batch)[k]) / float(expected_tokens(torch.tensor([rate]), torch.tensor([k]))[0, 0]))
     if "ours, lazy" in rows: rows["ours, lazy"]["predicted"] = 1 / (1 / alone + (1 - (1 - rows["ours, lazy"]["unsure"])**batch) * (1 / plain - 1 / alone))
     rows["ours, auto"]["predicted"] = max([plain, *(r["predicted"] for r in rows.values() if "predicted" in r)])
 

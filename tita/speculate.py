@@ -8,7 +8,7 @@ __all__ = ['expected_tokens', 'Pace', 'SpeculativeEngine', 'kept']
 # %% ../nbs/32_speculate.ipynb #209cca92
 import math, time
 from collections import deque
-from statistics import mean, median, median_low
+from statistics import mean, median
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -31,61 +31,69 @@ def expected_tokens(
 
 # %% ../nbs/32_speculate.ipynb #8568a37d
 class Pace:
-    "Measured seconds of steps: by batch size (in powers of two) and mode (a draft length, or 'lazy')."
+    "What steps cost, in plain steps of a moment before: by batch size (in powers of two) and mode (a draft length, or 'lazy')."
     longest = 8 # drafts beyond this were never worth it
-    promised = 1., 0 # speed over a step without draft, and for which draft
-    gain, start, again = 1.05, 1.2, 64 # what a mode must promise to be taken, and to be taken by rows of one length, which it parts; steps after which one without draft is measured again
+    promised = 1., 0 # tokens of a row for the cost of one in a plain step, and with which draft
+    gain, start, again = 1.05, 1.2, 16 # what a mode must promise to be taken, and to be taken by rows of one length, which it parts; steps after which a plain one is measured again
     def __init__(self,
-        times: dict | None = None, # measurements to share
-    ): self.times = {} if times is None else times
+        seen: dict | None = None, # measurements to share
+    ): self.seen = {} if seen is None else seen
 
     def note(self, n: int, mode, seconds: float):
-        "Remember a step."
-        size = n.bit_length(); self.times.setdefault((size, mode), deque(maxlen=32 if mode == "lazy" else 9)).append(seconds)
-        self.times[size, "since"] = 0 if mode == 0 else self.times.get((size, "since"), 0) + 1
+        "Remember a step; one that cannot be compared with a plain one is forgotten."
+        size, unit = n.bit_length(), self.plain(n) if mode != 0 else 1.
+        if unit: self.seen.setdefault((size, mode), deque(maxlen=5 if mode == 0 else 32 if mode == "lazy" else 9)).append(seconds / unit)
+        self.seen[size, "since"] = 0 if mode == 0 else self.seen.get((size, "since"), 0) + 1
 
-    def due(self, n: int) -> bool: "Must a step without draft be measured?"; return self.seconds(n, 0) is None or self.times[n.bit_length(), "since"] >= self.again
-    def tried(self, n: int, mode) -> int: return len(self.times.get((n.bit_length(), mode), ()))
-    def seconds(self, n: int, mode) -> float | None:
-        "The usual time of a step: the median, but the mean of lazy steps, of which some are dear by nature."
-        if self.tried(n, mode) < 2: return None
-        seen = self.times[n.bit_length(), mode]; middle = median_low(seen)
-        return mean(min(s, 5 * middle) for s in seen) if mode == "lazy" else middle
+    def tried(self, n: int, mode) -> int: return len(self.seen.get((n.bit_length(), mode), ()))
+    def plain(self, n: int) -> float | None: "Seconds of a plain step, lately."; return median(self.seen[n.bit_length(), 0]) if self.tried(n, 0) > 1 else None
+    def due(self, n: int) -> bool: "Must a plain step be measured?"; return self.tried(n, 0) < 2 or self.seen[n.bit_length(), "since"] >= self.again
 
-    def slope(self, n: int) -> float:
-        "What one more drafted token adds, as a share of a step without draft."
-        plain = self.seconds(n, 0); known = [(k, self.seconds(n, k)) for k in range(1, self.longest + 1) if plain and self.tried(n, k) >= 2]
-        return max(.01, median((s / plain - 1) / k for k, s in known)) if known else .3  # a guess that makes it try
+    def costs(self, n: int) -> list[float]: # of 0, 1, ... `longest` drafts
+        "Plain steps that a block takes as long as."
+        known = [(k, median(self.seen[n.bit_length(), k]), 1.) for k in range(1, self.longest + 1) if self.tried(n, k) > 1]
+        known += [(2, 1.6, .1), (6, 2.8, .1)]  # a guess that makes it try
+        total = sum(w for *_, w in known); middle, level = sum(k * w for k, _, w in known) / total, sum(c * w for _, c, w in known) / total
+        slope = max(.01, sum((k - middle) * c * w for k, c, w in known) / sum((k - middle)**2 * w for k, _, w in known))
+        return [1., *(max(1., level + slope * (k - middle)) for k in range(1, self.longest + 1))]
 
-    def best(self,
-        n: int, # rows
-        rates: Tensor, # (n) their acceptance rates
-        unsure: float = 1., # share of steps where the base is unsure
-        even: bool = False, # are all rows equally long?
-        last: bool = False, # does no other row wait for their places? Then the slowest of them counts
-    ) -> int | str: # a draft length, or 'lazy'
-        "The mode that promises most tokens a second."
-        if self.due(n): return 0
-        k = torch.arange(self.longest + 1); each = expected_tokens(rates, k); gain = (each.amin(0) if last else each.mean(0)) / (1 + self.slope(n) * k); gain[1:] *= self.trust(n); top = gain.max()
-        self.promised, plain = (float(top), int(gain.argmax())), self.seconds(n, 0); lazy = plain / (self.seconds(n, "lazy") or plain * (.6 + .4 * unsure)) if unsure < 1 else 0.
-        least = self.start if even and n > 1 else self.gain
-        return "lazy" if lazy > max(top, least) else int(gain.argmax()) if top > least else 0
+    def lazy(self, n: int, unsure: float) -> float:
+        "Plain steps that a lazy step takes as long as, if the base is unsure in that share of them: the mean, since some are dear by nature."
+        if self.tried(n, "lazy") < 2: return .6 + .4 * unsure
+        seen = self.seen[n.bit_length(), "lazy"]; return mean(min(s, 5 * median(seen)) for s in seen)
 
 # %% ../nbs/32_speculate.ipynb #6a4c9be2
 @patch
-def trust(self: Pace, n: int) -> float: "What drafts brought over what they promised, lately."; return self.times.get((n.bit_length(), "trust"), 1.)
+def best(self: Pace,
+    n: int, # rows
+    rates: Tensor, # (n) their acceptance rates
+    unsure: float = 1., # share of steps where the base is unsure
+    even: bool = False, # are all rows equally long?
+    last: bool = False, # does no other row wait for their places? Then the slowest of them counts
+    trials: Tensor | float = math.inf, # (n) drafts that the rates are known from
+) -> int | str: # a draft length, or 'lazy'
+    "The mode that promises most tokens a second."
+    if self.due(n): return 0
+    lengths, costs, trust = torch.arange(self.longest + 1), self.costs(n), self.trust(n); usual = tokens = expected_tokens(rates, lengths).mean(0).tolist()
+    if last and n > 1: tokens = expected_tokens((rates - (math.log(n) * rates * (1 - rates) / (4 + trials)).sqrt()).amin()[None], lengths)[0].tolist()
+    gain = [t / c * (trust if k else 1.) for k, (t, c) in enumerate(zip(tokens, costs))]; top = max(gain); k = gain.index(top)
+    self.promised, lazy, least = (usual[k] / costs[k] * trust, k), 1 / self.lazy(n, unsure) if unsure < 1 else 0., self.start if even and n > 1 else self.gain
+    return "lazy" if lazy > max(top, least) else k if top > least else 0
+
+@patch
+def trust(self: Pace, n: int) -> float: "What drafts brought over what they promised, lately."; return self.seen.get((n.bit_length(), "trust"), 1.)
 
 @patch
 def check(self: Pace, n: int, k: int, tokens: float, seconds: float):
     "Learn from a block of k drafts that gave each row so many tokens; from k = 0 that doubts grow old."
     size, old = n.bit_length(), self.trust(n)
-    if k == 0: self.times[size, "trust"] = old + .02 * (1 - old)
-    elif k == self.promised[1]: self.times[size, "trust"] = min(1.2, old * (1 + .2 * (min(tokens * self.seconds(n, 0) / seconds / self.promised[0], 2.) - 1)))
+    if k == 0: self.seen[size, "trust"] = old + .02 * (1 - old)
+    elif k == self.promised[1]: self.seen[size, "trust"] = min(1.2, old * (1 + .2 * (min(tokens * self.plain(n) / seconds / self.promised[0], 2.) - 1)))
 
 # %% ../nbs/32_speculate.ipynb #b8bf56fd
 class SpeculativeEngine(Engine):
     "An engine whose first reward drafts. Raises `TitaError` for a draft that means nothing."
-    watch, patience = True, 7 # plain steps after a look that promised nothing
+    watch, lagging, pauses = True, False, (1, 31) # plain steps after a look that promised nothing: at first, and at most
     def __init__(self,
         *args, # of `Engine`
         draft: int | str = "auto", # a length, "auto" or "lazy"
@@ -96,16 +104,16 @@ class SpeculativeEngine(Engine):
         if draft == "lazy" and not self.guidance.lazy: raise TitaError("draft='lazy' needs bounded guidance; give a bound in nats (bound=1.), or take draft='auto'")
         self.draft, self.pace, self.drafter = draft, Pace(pace), self.experts[1]
         self.clock = time.thread_time if self.drafter.device.type == "cpu" else time.perf_counter  # on a CPU what other programs take does not count
-        self.rest = 0 # plain steps to make before the next look
+        self.rest, self.pause = 0, self.pauses[0] # plain steps to make before the next look, and after it
         self.tried, self.right, self.unsure, self.late = torch.zeros(self.slots), torch.zeros(self.slots), torch.full((self.slots,), .5), 0.
-        self.pace.times.setdefault("rate", .7)
+        self.pace.seen.setdefault("rate", .7)
         self.drafted = self.accepted = self.blocks = self.asked = self.answered = 0
         self.own = torch.zeros(self.slots, self.tokens.shape[1])  # the base's log-probability of each token
 
     @property
-    def rate(self) -> Tensor: "Acceptance per row, a new row's that of the rows before it."; return (3 * self.pace.times["rate"] + self.right) / (3 + self.tried)
+    def rate(self) -> Tensor: "Acceptance per row, a new row's that of the rows before it."; return (3 * self.pace.seen["rate"] + self.right) / (3 + self.tried)
     def _records(self): return [*super()._records(), self.tried, self.right, self.unsure, self.own]
-    def _seat(self, rows, a, b): super()._seat(rows, a, b); self.tried[a:b] = self.right[a:b] = 0; self.rest = 0
+    def _seat(self, rows, a, b): super()._seat(rows, a, b); self.tried[a:b] = self.right[a:b] = 0; self.rest, self.pause = 0, self.pauses[0]
     def _widen(self, width): super()._widen(width); self.own = F.pad(self.own, (0, self.tokens.shape[1] - self.own.shape[1]))
 
 ENGINES["speculate"] = SpeculativeEngine
@@ -208,7 +216,7 @@ def _learn(self: SpeculativeEngine, hits: Tensor, tried: Tensor):
     "Update the rows' acceptance rates by the first `tried` of the hits."
     n, old, all_ = self.n, .9**tried, int(tried.sum()); right = (hits & (torch.arange(hits.shape[1]) < tried[:, None])).sum(1)
     self.tried[:n], self.right[:n] = old * self.tried[:n] + tried, old * self.right[:n] + right
-    self.pace.times["rate"] += (1 - .99**all_) * (int(right.sum()) / all_ - self.pace.times["rate"])
+    self.pace.seen["rate"] += (1 - .99**all_) * (int(right.sum()) / all_ - self.pace.seen["rate"])
 
 # %% ../nbs/32_speculate.ipynb #2c2348f2
 @patch
@@ -239,7 +247,7 @@ def _note_late(self: SpeculativeEngine, rows: Tensor, at: Tensor, known: Tensor,
 @patch
 def _lazy(self: SpeculativeEngine):
     "One token for each row; the others run for those where the base is unsure."
-    n, base = self.n, self.experts[0]; rows, at = torch.arange(n), self.count[:n].clone()
+    n, base, self.lagging = self.n, self.experts[0], True; rows, at = torch.arange(n), self.count[:n].clone()
     logits = base.forward(base.cache, slice(0, n), self.last[:n, None], base.lens[:n], delta=self._delta(base))[:, 0, :self.vocab]; base.lens[:n] += 1
     tokens = logits.argmax(-1).cpu(); hard = (~settled(logits.float(), self.guidance.bound)).cpu(); self._widen(int(at.max()) + 1)
     self.own[rows, at] = logits.float().log_softmax(-1).gather(-1, tokens[:, None].to(logits.device))[:, 0].cpu()
@@ -261,7 +269,8 @@ def _behind(self: SpeculativeEngine, rows: Tensor) -> Tensor: # those of the row
 @patch
 def _settle(self: SpeculativeEngine, rows: Tensor):
     "Let the others read what they missed in these rows: a cost of the lazy steps before."
-    started = self.clock()
+    if not self.lagging: return
+    started, self.lagging = self.clock(), len(rows) < self.n
     if len(late := self._behind(rows)): self._catch_up(late, last=False); self.late += self.clock() - started
 
 @patch
@@ -274,13 +283,13 @@ def _outputs(self: SpeculativeEngine, slots: list[int], why: list[str]):
 @patch
 def _mode(self: SpeculativeEngine) -> int | str: # a draft length, or "lazy"
     "How to make the next step."
-    n = self.n; groups = [self.groups[g] for g in self.group[:n].unique().tolist()]; most = int((self.limit[:n] - self.count[:n]).max()) - 1
+    n = self.n; groups = [self.groups[g] for g in set(self.group[:n].tolist())]; most = int((self.limit[:n] - self.count[:n]).max()) - 1
     if self.forcing or self.processors or any(e.map for e in self.experts) or any(s.repetition_penalty != 1 for s in groups): return 0  # a processor must see the text so far
     lazy = self.guidance.lazy and not any(s.temperature for s in groups)
     if self.draft == "lazy": return "lazy" if lazy else 0
     if self.draft != "auto": return max(0, min(most, self.draft))
-    long = self.experts[0].lens[:n]
-    mode = self.pace.best(n, self.rate[:n], float(1 - (1 - self.unsure[:n]).prod()) if lazy else 1., bool((long == long[0]).all()), not self.queue)
+    unsure = 1 - math.prod(1 - u for u in self.unsure[:n].tolist()) if lazy else 1.
+    mode = self.pace.best(n, self.rate[:n], unsure, len(set(self.experts[0].lens[:n].tolist())) == 1, not self.queue, self.tried[:n])
     return mode if mode == "lazy" else max(0, min(most, mode))
 
 @patch
@@ -290,8 +299,9 @@ def _advance(self: SpeculativeEngine):
     if auto and not self.rest and self.pace.due(n): self.rest = 1
     if self.rest: return self._unwatched()
     mode = self._mode()
-    if auto and mode == 0: self.rest = self.patience; self.pace.check(n, 0, 0., 0.); self._settle(torch.arange(n)); return self._plain()
     if mode != "lazy": self._settle(torch.arange(n))
+    if auto and mode == 0: self.rest, self.pause = self.pause, min(2 * self.pause + 1, self.pauses[1]); self.pace.check(n, 0, 0., 0.); return self._plain()
+    self.pause = self.pauses[0]
     started, self.late = (self.clock() - self.late, 0.) if mode == "lazy" else (self.clock(), self.late)
     before = self.produced
     if mode == "lazy": self._lazy()
