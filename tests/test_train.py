@@ -285,7 +285,7 @@ def test_no_space_left(folder, tmp_path):
         argv = flags(folder, "unused", "--save_steps", 1, "--max_steps", 4); argv[argv.index("--output_dir") + 1] = str(small / "run")
         code, text = finish(start(argv))
         assert code == 2 and "no space left" in text and "Traceback" not in text, text[-3000:]
-        from tita.train import last_checkpoint
+        from tita.trainer import last_checkpoint
         assert last_checkpoint(small / "run") is None or Path(last_checkpoint(small / "run"), "model.safetensors").stat().st_size > 1e6
         assert not (small / "run" / "metrics.json").exists()
     finally: subprocess.run(["umount", small])

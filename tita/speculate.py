@@ -85,9 +85,9 @@ def trust(self: Pace, n: int) -> float: "What drafts brought over what they prom
 
 @patch
 def check(self: Pace, n: int, k: int, tokens: float, seconds: float):
-    "Learn from a block of k drafts that gave each row so many tokens; from k = 0 that doubts grow old."
+    "Learn from a block of k drafts that gave each row so many tokens; from plain steps (k = 0) that doubts grow old."
     size, old = n.bit_length(), self.trust(n)
-    if k == 0: self.seen[size, "trust"] = old + .02 * (1 - old)
+    if k == 0: self.seen[size, "trust"] = 1 - (1 - old) * .98**tokens
     elif k == self.promised[1]: self.seen[size, "trust"] = min(1.2, old * (1 + .2 * (min(tokens * self.plain(n) / seconds / self.promised[0], 2.) - 1)))
 
 # %% ../nbs/32_speculate.ipynb #b8bf56fd
@@ -105,15 +105,15 @@ class SpeculativeEngine(Engine):
         self.draft, self.pace, self.drafter = draft, Pace(pace), self.experts[1]
         self.clock = time.thread_time if self.drafter.device.type == "cpu" else time.perf_counter  # on a CPU what other programs take does not count
         self.rest, self.pause = 0, self.pauses[0] # plain steps to make before the next look, and after it
-        self.tried, self.right, self.unsure, self.late = torch.zeros(self.slots), torch.zeros(self.slots), torch.full((self.slots,), .5), 0.
-        self.pace.seen.setdefault("rate", .7)
+        self.tried, self.right, self.new, self.new_right, self.unsure, self.late = *torch.zeros(5, self.slots), 0.  # drafts, as they grow old, and those since the last look
+        self.pace.seen.setdefault("rate", .7); self.pace.seen.setdefault("unsure", .5)
         self.drafted = self.accepted = self.blocks = self.asked = self.answered = 0
         self.own = torch.zeros(self.slots, self.tokens.shape[1])  # the base's log-probability of each token
 
     @property
     def rate(self) -> Tensor: "Acceptance per row, a new row's that of the rows before it."; return (3 * self.pace.seen["rate"] + self.right) / (3 + self.tried)
-    def _records(self): return [*super()._records(), self.tried, self.right, self.unsure, self.own]
-    def _seat(self, rows, a, b): super()._seat(rows, a, b); self.tried[a:b] = self.right[a:b] = 0; self.rest, self.pause = 0, self.pauses[0]
+    def _records(self): return [*super()._records(), self.tried, self.right, self.new, self.new_right, self.unsure, self.own]
+    def _seat(self, rows, a, b): super()._seat(rows, a, b); self.tried[a:b] = self.right[a:b] = self.new[a:b] = self.new_right[a:b] = 0; self.unsure[a:b] = self.pace.seen["unsure"]; self.rest, self.pause = 0, self.pauses[0]
     def _widen(self, width): super()._widen(width); self.own = F.pad(self.own, (0, self.tokens.shape[1] - self.own.shape[1]))
 
 ENGINES["speculate"] = SpeculativeEngine
@@ -208,15 +208,15 @@ def _block(self: SpeculativeEngine, k: int):
     block, drafted = self._write_draft(k)
     targets, scores, d, base, hits = self._verify(block, drafted)
     keep = self._ends_at(targets, kept(targets, block[:, 1:].cpu()))
-    self._learn(hits[:, :k], keep.clamp(max=k)); self.blocks += 1; self.drafted += k * self.n
+    tried = keep.clamp(max=k); self._learn((hits[:, :k] & (torch.arange(k) < tried[:, None])).sum(1), tried); self.blocks += 1; self.drafted += k * self.n
     self._write(targets, keep, scores, d, base); self.accepted += int((keep - 1).sum())
 
 @patch
-def _learn(self: SpeculativeEngine, hits: Tensor, tried: Tensor):
-    "Update the rows' acceptance rates by the first `tried` of the hits."
-    n, old, all_ = self.n, .9**tried, int(tried.sum()); right = (hits & (torch.arange(hits.shape[1]) < tried[:, None])).sum(1)
+def _learn(self: SpeculativeEngine, right: Tensor, tried: Tensor):
+    "Update the rows' acceptance rates: so many drafts were tried, so many were right."
+    n, old, all_ = self.n, .9**tried, int(tried.sum())
     self.tried[:n], self.right[:n] = old * self.tried[:n] + tried, old * self.right[:n] + right
-    self.pace.seen["rate"] += (1 - .99**all_) * (int(right.sum()) / all_ - self.pace.seen["rate"])
+    if all_: self.pace.seen["rate"] += (1 - .99**all_) * (int(right.sum()) / all_ - self.pace.seen["rate"])
 
 # %% ../nbs/32_speculate.ipynb #2c2348f2
 @patch
@@ -256,7 +256,7 @@ def _lazy(self: SpeculativeEngine):
         h = hard.nonzero()[:, 0]; scores, d = self._score(self._common([logits[h], *self._catch_up(h)]))
         tokens[h] = scores.argmax(-1).cpu(); self.good[h] &= ~scores.isnan().any(-1).cpu()
         self.rewards[h, at[h]] = token_rewards(d, tokens[h].to(d.device)).cpu()
-    self.asked += int(hard.sum()); self.answered += n; self.unsure[:n] = .9 * self.unsure[:n] + .1 * hard
+    self.asked += int(hard.sum()); self.answered += n; self._doubt(hard, .1)
     self.tokens[rows, at] = self.last[:n] = tokens; self.count[:n] += 1; self.produced += n
     for i, r in enumerate(self.rows[:n]) if self.heard else ():
         if r.on_token: r.on_token(int(tokens[i]), float(self.rewards[i, at[i]]))
@@ -288,6 +288,7 @@ def _mode(self: SpeculativeEngine) -> int | str: # a draft length, or "lazy"
     lazy = self.guidance.lazy and not any(s.temperature for s in groups)
     if self.draft == "lazy": return "lazy" if lazy else 0
     if self.draft != "auto": return max(0, min(most, self.draft))
+    self._learn(self.new_right[:n], self.new[:n]); self.new[:n] = self.new_right[:n] = 0
     unsure = 1 - math.prod(1 - u for u in self.unsure[:n].tolist()) if lazy else 1.
     mode = self.pace.best(n, self.rate[:n], unsure, len(set(self.experts[0].lens[:n].tolist())) == 1, not self.queue, self.tried[:n])
     return mode if mode == "lazy" else max(0, min(most, mode))
@@ -300,32 +301,37 @@ def _advance(self: SpeculativeEngine):
     if self.rest: return self._unwatched()
     mode = self._mode()
     if mode != "lazy": self._settle(torch.arange(n))
-    if auto and mode == 0: self.rest, self.pause = self.pause, min(2 * self.pause + 1, self.pauses[1]); self.pace.check(n, 0, 0., 0.); return self._plain()
+    if auto and mode == 0:
+        self.pace.check(n, 0, 1 + self.pause // 2, 0.); self.rest, self.pause = self.pause, min(2 * self.pause + 1, self.pauses[1])
+        return self._plain()
     self.pause = self.pauses[0]
     started, self.late = (self.clock() - self.late, 0.) if mode == "lazy" else (self.clock(), self.late)
     before = self.produced
     if mode == "lazy": self._lazy()
     elif mode: self._block(mode)
-    else: self._plain()
+    else: self._plain(False)
     seconds = self.clock() - started; self.pace.note(n, mode, seconds)
     if auto and mode != "lazy": self.pace.check(n, mode, (self.produced - before) / n, seconds)
 
 # %% ../nbs/32_speculate.ipynb #7b5d0cf3
 @patch
 def _unwatched(self: SpeculativeEngine):
-    "One token a row, and nothing learned but how long it takes."
+    "One token a row between two looks."
     n = self.n; self._settle(torch.arange(n)); started = self.clock()
-    self.watch, self.rest = False, self.rest - 1
-    try: super(SpeculativeEngine, self)._advance()
-    finally: self.watch = True
+    self.rest -= 1; self._plain(False)
     self.pace.note(n, 0, self.clock() - started)
 
 @patch
-def _plain(self: SpeculativeEngine):
-    "One token a row, watching what the drafter and the bound would have done."
+def _plain(self: SpeculativeEngine, look: bool = True):
+    "One token a row, watching what the drafter would have done, and on a look the bound."
     n = self.n; super(SpeculativeEngine, self)._advance()
-    if not self.forcing: self._learn(self.hits, torch.ones(n, dtype=torch.long))
-    if self.guidance.lazy: self.unsure[:n] = .9 * self.unsure[:n] + .1 * (~settled(self._seen.float(), self.guidance.bound)).cpu()
+    if not self.forcing: self.new[:n] += 1; self.new_right[:n] += self.hits[:, 0]
+    if look and self.guidance.lazy: self._doubt((~settled(self._seen.float(), self.guidance.bound)).cpu(), .3)
+
+@patch
+def _doubt(self: SpeculativeEngine, hard: Tensor, weight: float):
+    "Learn where the base was unsure."
+    n, known = self.n, self.pace.seen; self.unsure[:n] += weight * (hard.float() - self.unsure[:n]); known["unsure"] += weight / 2 * (float(hard.float().mean()) - known["unsure"])
 
 @patch
 def _score(self: SpeculativeEngine, logits: list[Tensor]):
