@@ -131,7 +131,7 @@ def predict(rows: dict, pace: Pace, batch: int, rate: float):
     plain, alone = rows["ours, draft 0"]["ratio"], rows["ours, base only"]["ratio"]; steps = min(1., (pace.plain(batch) or 0) * rows["ours, draft 0"]["tokens_per_s"] / batch)  # their share of the time; the rest is reading prompts
     for n, r in rows.items():
         k = int(n.split()[-1]) if n.startswith("ours, draft") else 0
-        if k: r["predicted"] = plain / (1 - steps + steps * float(pace.costs(batch)[k]) / float(expected_tokens(torch.tensor([rate]), torch.tensor([k]))[0, 0]))
+        if k: r["predicted"] = plain / (1 - steps + steps * pace.costs(batch)[k] / expected_tokens(rate, k)[k])
     if "ours, lazy" in rows: rows["ours, lazy"]["predicted"] = 1 / (1 / alone + (1 - (1 - rows["ours, lazy"]["unsure"])**batch) * (1 / plain - 1 / alone))
     rows["ours, auto"]["predicted"] = max([plain, *(r["predicted"] for r in rows.values() if "predicted" in r)])
 
@@ -141,14 +141,16 @@ def case(dec, auto, alone, processor, scenes, batch: int, prompt: int, new: int,
     pairs = questions(processor, scenes, prompt)[:batch if prompt else max(batch, args.scenes // batch * batch)]
     parts = [ways(dec, auto, alone, processor, pairs[i:i + batch], new, bool(prompt), args) for i in range(0, len(pairs), batch)]; speeds, last = {n: [] for n in parts[0]}, {}
     for f in parts[0].values(): f()
-    for _ in range(args.rounds):
+    start, rounds = time.perf_counter(), 0
+    while rounds < args.rounds or time.perf_counter() - start < args.seconds:  # short cases are measured more often
+        rounds += 1
         for n in speeds:
             t = clock(args.device, args.cpu_time); runs = [p[n]() for p in parts]; speeds[n].append(sum(r[0] for r in runs) / (clock(args.device, args.cpu_time) - t)); last[n] = runs
     over = lambda s, b: statistics.median(x / y for x, y in zip(s, b))
     rows = {n: dict(tokens_per_s=statistics.median(s), ratio=over(s, speeds["base only"]), **(counted([e for _, e in last[n]]) if n.startswith("ours") else {})) for n, s in speeds.items()}
     rows["ours, auto"]["to_draft_0"] = over(speeds["ours, auto"], speeds["ours, draft 0"])
     predict(rows, Pace(dec.pace), batch, args.acceptance if args.acceptance is not None else dec.pace.get("rate", .7))
-    return dict(batch=batch, prompt=prompt, new=new, ways=rows)
+    return dict(batch=batch, prompt=prompt, new=new, rounds=rounds, ways=rows)
 
 
 def wide_pair(device, dtype):
@@ -206,7 +208,7 @@ def markdown(result: dict) -> str:
     "All of it, for reading."
     a, m = result["args"], result["machine"]; what = f"random weights of shape {a['shape']}" if a["shape"] else "the embedded models" + (" with a trained reward" if a["reward"] else "")
     made = (f"Made by `python scripts/bench_decode.py` on {what}: {result['form']}, λ = {a['lam']:g}, bound {a['bound']:g} nats, {a['dtype']}. {m['name']}, {a['threads']} thread{'s' * (a['threads'] > 1)} of {result['cpus']} cores, "
-        f"load {m['load_before']:.1f} before and {m['load_after']:.1f} after ({'processor time' if a['cpu_time'] else 'wall time'}), torch {result['versions']['torch']}, transformers {result['versions']['transformers']}, commit {(result['commit'] or 'unknown')[:12]}. The ways take turns; a ratio is the median of {a['rounds']} paired rounds, "
+        f"load {m['load_before']:.1f} before and {m['load_after']:.1f} after ({'processor time' if a['cpu_time'] else 'wall time'}), torch {result['versions']['torch']}, transformers {result['versions']['transformers']}, commit {(result['commit'] or 'unknown')[:12]}. The ways take turns; a ratio is the median of {min(c['rounds'] for c in result['cases'])} to {max(c['rounds'] for c in result['cases'])} paired rounds, "
         "tokens a second over those of the base's own greedy `generate`." + (f" Drafts are accepted by lot, at {a['acceptance']}." if a["acceptance"] is not None else ""))
     reached = table(["to reach", "measured", "at least", ""], [[t["target"], f"{t['value']:.2f}", f"{t['at_least']:g}", "reached" if t["reached"] else "missed"] for t in targets(result)])
     return "\n\n".join(["# Decoding speed", made, speed_table(result["cases"]), reached, "## What a token costs", cost_table(result["cases"])]) + "\n"
@@ -227,7 +229,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--form", help="interpolate, ratio, arm [ratio with --reward or --shape, else interpolate]"); p.add_argument("--lam", type=float, default=.6); p.add_argument("--bound", type=float, default=1., help="nats, 0 for none")
     p.add_argument("--shape", help="random weights instead, base/reward, of " + ", ".join(SHAPES)); p.add_argument("--vocab", type=int, default=32064, help="of those"); p.add_argument("--acceptance", type=float, help="accept drafts by lot at this rate")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"]); p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu"); p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--rounds", type=int, default=5); p.add_argument("--scenes", type=int, default=8, help="how many are described"); p.add_argument("--full-prefix", type=int, default=20000, help="the textbook processor only where rows x prompt x new tokens are at most this")
+    p.add_argument("--rounds", type=int, default=5, help="at least"); p.add_argument("--seconds", type=float, default=40., help="of measurements a case, at least"); p.add_argument("--scenes", type=int, default=8, help="how many are described"); p.add_argument("--full-prefix", type=int, default=20000, help="the textbook processor only where rows x prompt x new tokens are at most this")
     p.add_argument("--cpu-time", action="store_true", help="processor time instead of the wall's: for a machine that is busy with other things"); p.add_argument("--out", help="where the figures go: OUT.json and OUT.md, as in results/bench_decode")
     return p.parse_args()
 

@@ -8,6 +8,7 @@ __all__ = ['expected_tokens', 'Pace', 'SpeculativeEngine', 'kept']
 # %% ../nbs/32_speculate.ipynb #209cca92
 import math, time
 from collections import deque
+from itertools import accumulate
 from statistics import mean, median
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,11 @@ from .sampling import Sampling, propose
 
 # %% ../nbs/32_speculate.ipynb #37c3f9ae
 def expected_tokens(
-    a: Tensor, # (m) acceptance rate of each row
-    k: Tensor, # (K) lengths of draft
-) -> Tensor: # (m, K)
-    "Tokens that a block yields: `(1 - a^(k+1)) / (1 - a)`."
-    a = a.clamp(0., .995)[:, None]
-    return (1 - a**(k + 1)) / (1 - a)
+    a: float, # acceptance rate
+    longest: int, # draft
+) -> list[float]: # of blocks of 0, 1, ... drafts
+    "Tokens that a block yields: `1 + a + ... + a^k`."
+    return list(accumulate(min(max(a, 0.), .995)**k for k in range(longest + 1)))
 
 # %% ../nbs/32_speculate.ipynb #8568a37d
 class Pace:
@@ -66,16 +66,16 @@ class Pace:
 @patch
 def best(self: Pace,
     n: int, # rows
-    rates: Tensor, # (n) their acceptance rates
+    rates: list[float], # their acceptance rates
     unsure: float = 1., # share of steps where the base is unsure
     even: bool = False, # are all rows equally long?
     last: bool = False, # does no other row wait for their places? Then the slowest of them counts
-    trials: Tensor | float = math.inf, # (n) drafts that the rates are known from
+    trials: list[float] | None = None, # drafts that the rates are known from; None: very many
 ) -> int | str: # a draft length, or 'lazy'
     "The mode that promises most tokens a second."
     if self.due(n): return 0
-    lengths, costs, trust = torch.arange(self.longest + 1), self.costs(n), self.trust(n); usual = tokens = expected_tokens(rates, lengths).mean(0).tolist()
-    if last and n > 1: tokens = expected_tokens((rates - (math.log(n) * rates * (1 - rates) / (4 + trials)).sqrt()).amin()[None], lengths)[0].tolist()
+    costs, trust = self.costs(n), self.trust(n); usual = tokens = [sum(t) / n for t in zip(*(expected_tokens(a, self.longest) for a in rates))]
+    if last and n > 1: tokens = expected_tokens(min(a - math.sqrt(math.log(n) * a * (1 - a) / (4 + t)) for a, t in zip(rates, trials or [math.inf] * n)), self.longest)
     gain = [t / c * (trust if k else 1.) for k, (t, c) in enumerate(zip(tokens, costs))]; top = max(gain); k = gain.index(top)
     self.promised, lazy, least = (usual[k] / costs[k] * trust, k), 1 / self.lazy(n, unsure) if unsure < 1 else 0., self.start if even and n > 1 else self.gain
     return "lazy" if lazy > max(top, least) else k if top > least else 0
@@ -111,7 +111,7 @@ class SpeculativeEngine(Engine):
         self.own = torch.zeros(self.slots, self.tokens.shape[1])  # the base's log-probability of each token
 
     @property
-    def rate(self) -> Tensor: "Acceptance per row, a new row's that of the rows before it."; return (3 * self.pace.seen["rate"] + self.right) / (3 + self.tried)
+    def rates(self) -> list[float]: "Acceptance per row, a new row's that of the rows before it."; return [(3 * self.pace.seen["rate"] + r) / (3 + t) for r, t in zip(self.right[:self.n].tolist(), self.tried[:self.n].tolist())]
     def _records(self): return [*super()._records(), self.tried, self.right, self.new, self.new_right, self.unsure, self.own]
     def _seat(self, rows, a, b): super()._seat(rows, a, b); self.tried[a:b] = self.right[a:b] = self.new[a:b] = self.new_right[a:b] = 0; self.unsure[a:b] = self.pace.seen["unsure"]; self.rest, self.pause = 0, self.pauses[0]
     def _widen(self, width): super()._widen(width); self.own = F.pad(self.own, (0, self.tokens.shape[1] - self.own.shape[1]))
@@ -214,8 +214,7 @@ def _block(self: SpeculativeEngine, k: int):
 @patch
 def _learn(self: SpeculativeEngine, right: Tensor, tried: Tensor):
     "Update the rows' acceptance rates: so many drafts were tried, so many were right."
-    n, old, all_ = self.n, .9**tried, int(tried.sum())
-    self.tried[:n], self.right[:n] = old * self.tried[:n] + tried, old * self.right[:n] + right
+    n, old, all_ = self.n, .9**tried, int(tried.sum()); self.tried[:n].mul_(old).add_(tried); self.right[:n].mul_(old).add_(right)
     if all_: self.pace.seen["rate"] += (1 - .99**all_) * (int(right.sum()) / all_ - self.pace.seen["rate"])
 
 # %% ../nbs/32_speculate.ipynb #2c2348f2
@@ -290,7 +289,7 @@ def _mode(self: SpeculativeEngine) -> int | str: # a draft length, or "lazy"
     if self.draft != "auto": return max(0, min(most, self.draft))
     self._learn(self.new_right[:n], self.new[:n]); self.new[:n] = self.new_right[:n] = 0
     unsure = 1 - math.prod(1 - u for u in self.unsure[:n].tolist()) if lazy else 1.
-    mode = self.pace.best(n, self.rate[:n], unsure, len(set(self.experts[0].lens[:n].tolist())) == 1, not self.queue, self.tried[:n])
+    mode = self.pace.best(n, self.rates, unsure, len(set(self.experts[0].lens[:n].tolist())) == 1, not self.queue, self.tried[:n].tolist())
     return mode if mode == "lazy" else max(0, min(most, mode))
 
 @patch
