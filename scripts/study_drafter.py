@@ -19,8 +19,8 @@ from tita.engine import Row
 from tita.experts import Expert, share_towers
 from tita.models import chat_prompt
 from tita.speculate import SpeculativeEngine
-from tita.world import ASK, load_models, make_scenes, pixels
-from tita.world_train import LONG, IGNORE, Schedule, Tokens, imitation, kl, shrink
+from tita.world import ASK, load_models, make_scenes
+from tita.world_train import IGNORE, LONG, Schedule, Tokens, kl, pixels, shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,17 +50,17 @@ def teach(dec, drafter, scenes, steps: int, lr: float, batch: int, seed: int) ->
     for (i, k), o in zip(asked, dec.generate([scenes[i].image for i, _ in asked], [ASK[k] for _, k in asked], max_new_tokens=48)): said[i][k] = o.text
     x, tokens, rng, held = pixels([s.image for s in scenes]), Tokens(), random.Random(seed), max(8, len(scenes) // 20); drafter.model.vision_tower.requires_grad_(False)
     opt = Schedule(drafter.parameters(), lr, steps, warm=50, weight_decay=.01)
-    def compare(ix, rng):
-        trees = tokens.trees([imitation(said[i], rng) for i in ix])
+    def compare(ix):
+        trees = tokens.trees([[(ASK[k], said[i][k]) for k in LONG if said[i].get(k)] for i in ix])
         with torch.no_grad():
             (base, labels), (reward, _) = (tree_logits(m, *trees, pixel_values=x[ix]) for m in (dec.base, dec.rewards[0])); on = labels != IGNORE
             aligned = dec.guidance(base[on], [reward[on]], [])[0]
         mine = tree_logits(drafter, *trees, pixel_values=x[ix])[0][on]
         return kl(aligned, mine).mean(), (aligned.argmax(-1) == mine.argmax(-1)).float().mean()
     def agreement():
-        with torch.no_grad(): return round(float(compare(list(range(held)), random.Random(7))[1]), 4)
+        with torch.no_grad(): return round(float(compare(list(range(held)))[1]), 4)
     before = agreement()
-    for _ in progress(range(steps), desc="drafter", unit="step"): opt.step(compare(rng.sample(range(held, len(scenes)), batch), rng)[0])
+    for _ in progress(range(steps), desc="drafter", unit="step"): opt.step(compare(rng.sample(range(held, len(scenes)), batch))[0])
     return [before, agreement()]
 
 

@@ -75,10 +75,17 @@ def best(self: Pace,
     "The mode that promises most tokens a second."
     if self.due(n): return 0
     costs, trust = self.costs(n), self.trust(n); usual = tokens = [sum(t) / n for t in zip(*(expected_tokens(a, self.longest) for a in rates))]
-    if last and n > 1: tokens = expected_tokens(min(a - math.sqrt(math.log(n) * a * (1 - a) / (4 + t)) for a, t in zip(rates, trials or [math.inf] * n)), self.longest)
+    if last and n > 1: tokens = expected_tokens(self.slowest(rates, trials or [math.inf] * n), self.longest)
     gain = [t / c * (trust if k else 1.) for k, (t, c) in enumerate(zip(tokens, costs))]; top = max(gain); k = gain.index(top)
     self.promised, lazy, least = (usual[k] / costs[k] * trust, k), 1 / self.lazy(n, unsure) if unsure < 1 else 0., self.start if even and n > 1 else self.gain
     return "lazy" if lazy > max(top, least) else k if top > least else 0
+
+@patch
+def slowest(self: Pace, rates: list[float], trials: list[float]) -> float:
+    "The lowest acceptance rate to expect of rows; how far it lay below the mean is learned when all of them are known."
+    gap = self.seen.setdefault("gap", .1)
+    if min(trials) > 5: self.seen["gap"] += .1 * (sum(rates) / len(rates) - min(rates) - gap)
+    return min(a - gap * 4 / (4 + t) for a, t in zip(rates, trials))
 
 @patch
 def trust(self: Pace, n: int) -> float: "What drafts brought over what they promised, lately."; return self.seen.get((n.bit_length(), "trust"), 1.)
