@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from tita.core import cli, progress, run_info, write_json, write_text
 from tita.decode import AlignedDecoder
-from tita.trees import tree_logits
 from tita.engine import Row
 from tita.experts import Expert, share_towers
 from tita.models import chat_prompt
 from tita.speculate import SpeculativeEngine
+from tita.trees import tree_logits
 from tita.world import ASK, load_models, make_scenes
 from tita.world_train import IGNORE, LONG, Schedule, Tokens, kl, pixels, shrink
 
@@ -26,20 +26,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Drafted(SpeculativeEngine):
-    "The last expert drafts and has no say. Greedy only."
+    "The last expert drafts and has no say; for drafts of a fixed length, greedy."
     def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs); self.drafter = self.experts[-1]
     def _score(self, logits): return super()._score(logits[:-1])
-    def _pick(self, scores, drafted, a, b, proposals=None):
-        tokens = super()._pick(scores, drafted, a, b, proposals)
-        if proposals is None: self.hits = torch.zeros(tokens.shape, dtype=torch.bool)
-        return tokens
 
 
 def run(dec, experts, image, draft: int, new: int) -> SpeculativeEngine:
     "Describe one image with the last of the experts (or, if they are the decoder's own, the reward) as drafter."
     own = experts is dec.experts; cls = SpeculativeEngine if own else Drafted
     e = cls(experts, dec.encoders, dec.guidance, 1, dec.n_rewards, 0, (), .25, share_towers(experts), draft=draft)
-    e.submit([Row(0, "Describe the image.", [image], dec._sampling(max_new_tokens=new), 0)]); e.said = []
+    e.submit([Row(0, ASK["caption"], [image], dec._sampling(max_new_tokens=new), 0)]); e.said = []
     while e.busy: e.said += [o.tokens for _, o in e.step()]
     return e
 
@@ -67,7 +63,7 @@ def teach(dec, drafter, scenes, steps: int, lr: float, batch: int, seed: int) ->
 def measure(dec, drafters: dict, images, lengths: list[int], new: int, rounds: int, processor) -> list[dict]:
     "All ways take turns; medians of the ratios to the base's own `generate`."
     def base_only(im):
-        x = processor(text=chat_prompt(processor, "Describe the image."), images=im, return_tensors="pt"); n = x["input_ids"].shape[1]
+        x = processor(text=chat_prompt(processor, ASK["caption"]), images=im, return_tensors="pt"); n = x["input_ids"].shape[1]
         return dec.base.generate(**x, max_new_tokens=new, do_sample=False, pad_token_id=0)[0, n:].tolist(), None
     def ours(experts, k):
         def f(im): e = run(dec, experts, im, k, new); return e.said[0], e

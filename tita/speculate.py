@@ -304,29 +304,21 @@ def _advance(self: SpeculativeEngine):
     "One step, in the mode that suits."
     n, auto = self.n, self.draft == "auto"
     if auto and not self.rest and self.pace.due(n): self.rest = 1
-    if self.rest: return self._unwatched()
-    mode = self._mode()
+    look = auto and not self.rest; mode = 0 if self.rest else self._mode()
     if mode != "lazy": self._settle(torch.arange(n))
-    if auto and mode == 0:
+    if look and mode == 0:
         self.pace.check(n, 0, 1 + self.pause // 2, 0.); self.rest, self.pause = self.pause, min(2 * self.pause + 1, self.pauses[1])
         return self._plain()
-    self.pause = self.pauses[0]
+    if look: self.pause = self.pauses[0]
+    self.rest, before = max(0, self.rest - 1), self.produced
     started, self.late = (self.clock() - self.late, 0.) if mode == "lazy" else (self.clock(), self.late)
-    before = self.produced
     if mode == "lazy": self._lazy()
     elif mode: self._block(mode)
     else: self._plain(False)
     seconds = self.clock() - started; self.pace.note(n, mode, seconds)
-    if auto and mode != "lazy": self.pace.check(n, mode, (self.produced - before) / n, seconds)
+    if look and mode != "lazy": self.pace.check(n, mode, (self.produced - before) / n, seconds)
 
 # %% ../nbs/32_speculate.ipynb #7b5d0cf3
-@patch
-def _unwatched(self: SpeculativeEngine):
-    "One token a row between two looks."
-    n = self.n; self._settle(torch.arange(n)); started = self.clock()
-    self.rest -= 1; self._plain(False)
-    self.pace.note(n, 0, self.clock() - started)
-
 @patch
 def _plain(self: SpeculativeEngine, look: bool = True):
     "One token a row, watching what the drafter would have done, and on a look the bound."
