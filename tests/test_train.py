@@ -202,6 +202,30 @@ def test_command_line_tells_mistakes(folder, capsys):
         assert exit.value.code == 2 and why in text and "error: " in text, (flag, text)
 
 
+def test_attention_is_measured_once_and_kept_in_the_metrics(folder):
+    "Where it is asked for the first batch is timed with what this machine has; a named implementation is not questioned; the model comes back as it was."
+    from tita.train import main, parse
+    out = folder / "measured"; main(flags(folder, "measured", "--max_steps", "1", "--measure_attention", "true"))
+    assert 0 < json.loads((out / "metrics.json").read_text())["attention_seconds"]["sdpa"] < 1
+    for more, wanted in (((), torch.cuda.is_available()), (("--measure_attention", "true"), True), (("--measure_attention", "true", "--attn_implementation", "sdpa"), False)):
+        assert parse("dpo", [str(a) for a in flags(folder, "named", *more)[1:]])[1].measure_attention == wanted
+
+
+@pytest.mark.slow
+def test_flex_attention_where_it_is_faster(tmp_path, monkeypatch):
+    "When its time is less trees attend with FlexAttention, which gives SDPA's loss; on a CPU its forward alone can be run."
+    import tita.dpo
+    from tita.trainer import plain_model
+    model, processor = tiny_llava(); make = lambda **kw: PrefixSharedDPOTrainer(copy.deepcopy(model), args=PrefixSharedDPOConfig(str(tmp_path), use_cpu=True, report_to=[], per_device_train_batch_size=8, **kw), train_dataset=rows(), processing_class=processor)
+    def loss(trainer):
+        with torch.no_grad(): return trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(list(trainer.get_train_dataloader().dataset)))).item()
+    plain = make(); wanted = loss(plain); kind = lambda t: t.model.config.text_config._attn_implementation
+    monkeypatch.setattr(tita.dpo, "attention_seconds", lambda *args: dict(sdpa=2., flex_attention=1.))
+    flex = make(measure_attention=True); found = loss(flex)
+    assert abs(found - wanted) <= 1e-5 * abs(wanted) and kind(plain) == "sdpa" and kind(flex) == "flex_attention" and flex.model.config.vision_config._attn_implementation == "sdpa"
+    assert plain_model(flex).config.text_config._attn_implementation == "sdpa"
+
+
 def test_processors_and_models_that_do_not_see(tmp_path):
     "A tokenizer without the image token, and a model without a vision tower."
     from tita.core import TitaError

@@ -36,9 +36,9 @@ def same(a, b):
 @pytest.mark.parametrize("stage,launcher", [("zero2", "torchrun"), ("zero3", "deepspeed"), ("zero3_offload", "torchrun"), ("zero2", "accelerate")])
 def test_two_processes_equal_one(folder, alone, stage, launcher):
     out = f"{stage}_{launcher}"
-    code, text = finish(launch(folder, out, stage, 2, launcher=launcher)); assert code == 0, text[-4000:]
+    code, text = finish(launch(folder, out, stage, 2, "--measure_attention", "true", launcher=launcher)); assert code == 0, text[-4000:]
     same(alone, folder / out)
-    assert json.loads((folder / out / "metrics.json").read_text())["processes"] == 2
+    metrics = json.loads((folder / out / "metrics.json").read_text()); assert metrics["processes"] == 2 and metrics["attention_seconds"]["sdpa"] > 0
     from transformers import AutoModelForImageTextToText
     _, info = AutoModelForImageTextToText.from_pretrained(folder / out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]

@@ -11,14 +11,15 @@ __all__ = ['LOSSES', 'implicit_reward', 'margin', 'sigmoid_loss', 'hinge_loss', 
 # %% ../nbs/20_dpo.ipynb #b44c4a41
 from dataclasses import dataclass, field
 from pathlib import Path
-import warnings, torch, torch.nn.functional as F
+import math, warnings, torch, torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from datasets import Dataset, Image as ImageFeature, Sequence, load_from_disk
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from .core import TitaError, stable_hash
-from .images import ImageStore, TowerCache, freeze_vision, projector
-from .trees import answer_index, encode_rows, fit_mask, gathered, grow_trees, mrope, pad_trees
+from .images import ImageStore, TowerCache, backbone, freeze_vision, projector
+from .trees import answer_index, attention_seconds, encode_rows, fit_mask, gathered, grow_trees, mrope, pad_trees
 
 # %% ../nbs/20_dpo.ipynb #b3e8090d
 def implicit_reward(
@@ -155,12 +156,14 @@ class TreeOptions:
     max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; None: the model's context."})
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Compute activations twice to save memory. None: on a GPU only."})
     bf16: bool | None = field(default=None, metadata={"help": "Mixed precision in bfloat16. None: on a GPU that has it."})
+    measure_attention: bool | None = field(default=None, metadata={"help": "Measure on the first batch whether FlexAttention is faster than SDPA, and take what is. None: on a GPU, unless attn_implementation names one."})
 
     def __post_init__(self):
         gpu = torch.cuda.is_available() and not self.use_cpu
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None: self.bf16 = gpu and torch.cuda.is_bf16_supported() and not self.fp16
         if self.gradient_checkpointing is None: self.gradient_checkpointing = gpu
+        if self.measure_attention is None: self.measure_attention = gpu
         if not gpu: self.dataloader_pin_memory = False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers has renamed an option that TRL sets
@@ -252,6 +255,7 @@ def set_rate(
 # %% ../nbs/20_dpo.ipynb #9c75cacc
 class TreeForward:
     "For a trainer of TRL or transformers: forward trees where it would forward rows."
+    attention = None # seconds of the implementations that run here, once they are measured
     def _plant(self, model, processor, args, image_root=None, answers=("chosen", "rejected"), store=None):
         "Before the trainer is built: freeze, and make store, cache and collator."
         freeze_vision(model, args.freeze_vision, args.freeze_projector)
@@ -260,9 +264,19 @@ class TreeForward:
         args.max_length = args.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
         return TreeCollator(self.store, processor.tokenizer.pad_token_id or 0, args.share, mrope(model), lambda: self.cache.complete(len(self.store)), answers)
 
+    def _attend(self, inner, mask):
+        "Let trees attend in the way that is fastest here: the same on all processes, for the policy and a reference."
+        text = backbone(inner).config.get_text_config()
+        if self.attention is None and text._attn_implementation == "sdpa":
+            kinds, dtype = ("sdpa", "flex_attention") if backbone(inner)._supports_flex_attn else ("sdpa",), torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else inner.dtype
+            found = broadcast_object_list([attention_seconds(text, mask, dtype, kinds)])
+            self.attention = {k: s for k, s in found[0].items() if s < math.inf}
+        if self.attention and text._attn_implementation != (kind := min(self.attention, key=self.attention.get)): backbone(inner).set_attn_implementation({"text_config": kind})
+
     def _tree_forward(self, model, tree, **kwargs):
         "Called in place of the model; what comes out of its head is for the answers' tokens alone."
         inner = self.accelerator.unwrap_model(model)  # the policy or a reference, out of DDP or DeepSpeed
+        if self.args.measure_attention: self._attend(inner, tree["inputs"]["attention_mask"])
         inputs = tree["inputs"] | {"attention_mask": fit_mask(inner, tree["inputs"]["attention_mask"])}
         with gathered(inner, tree["rows"], tree["cols"]), self.cache.using(tree["images"]): return model(**inputs, **kwargs)
 

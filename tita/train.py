@@ -160,6 +160,7 @@ def parse(
     except FileNotFoundError as e: raise TitaError(f"{e.filename}: no such configuration file") from None
     except ValueError as e: raise TitaError(str(e)) from None
     if "flash" in (model.attn_implementation or ""): raise TitaError(f"--attn_implementation {model.attn_implementation}: FlashAttention takes no mask of a tree; leave it out (sdpa), or take flex_attention on a GPU")
+    if model.attn_implementation: args.measure_attention = False
     if not model.model_name_or_path: raise TitaError("--model_name_or_path is missing: the model to train, a folder or a hub name")
     if not data.pairs: raise TitaError("--pairs is missing: one or several JSON Lines files")
     if method == "distill" and not data.base: raise TitaError("--base is missing: the model to approximate, a folder or a hub name")

@@ -152,6 +152,7 @@ def finish_run(
     config = trainer.model.config
     metrics = dict(method=method, base_model=getattr(config, "name_or_path", "") or type(trainer.model).__name__, data=data, last=summary(history), steps=trainer.state.global_step,
         seconds=seconds, processes=args.world_size, config={k: v for k, v in json.loads(args.to_json_string()).items() if k in _TOLD and v is not None}, history=history, info=run_info()) | more
+    if trainer.attention: metrics["attention_seconds"] = trainer.attention
     if args.should_save:
         processor.save_pretrained(out/"saving")
         (out/"saving"/"training_args.bin").unlink(missing_ok=True)  # a pickle; metrics.json says the same
@@ -163,8 +164,10 @@ def finish_run(
 # %% ../nbs/22_trainer.ipynb #679a6cb0
 def plain_model(trainer):
     "The trained model as it was before the trainer dressed it, in evaluation mode."
+    from tita.images import backbone
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    if hasattr(trainer, "cache"): trainer.cache.close()
+    trainer.cache.close()
+    if trainer.attention: backbone(model).set_attn_implementation({"text_config": "sdpa"})  # FlexAttention was for the trees
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     inner.__dict__.pop("forward", None)
     return model.eval()

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TokenTree', 'token_tree', 'ancestor_mask', 'pad_trees', 'answer_index', 'fit_mask', 'gathered', 'tree_logits',
-           'label_logps', 'as_messages', 'encode_rows', 'mrope', 'expand', 'grow_trees']
+           'label_logps', 'attention_seconds', 'as_messages', 'encode_rows', 'mrope', 'expand', 'grow_trees']
 
 # %% ../nbs/19_trees.ipynb #ada36260
-import contextlib
+import contextlib, math
 from dataclasses import dataclass
 import numpy as np, torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from .core import TitaError, progress
 from .images import ImageStore, backbone
@@ -86,19 +87,23 @@ def answer_index(
     return torch.from_numpy(rows), torch.from_numpy(cols), torch.from_numpy(labels)
 
 # %% ../nbs/19_trees.ipynb #f8c95e51
+def _fit(kind: str, mask: Tensor, dtype):
+    "The mask as attention of a kind takes it."
+    if kind == "sdpa": return mask
+    if kind == "eager": return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    if kind == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+        return create_block_mask(lambda b, h, q, k: mask[b, 0, q, k], len(mask), None, *mask.shape[-2:], device=str(mask.device))
+    raise TitaError(f"attention {kind!r} takes no mask of a tree; load the model with attn_implementation='sdpa', or 'flex_attention' on a GPU")
+
 def fit_mask(
     model, # a PreTrainedModel or what wraps it
     mask: Tensor, # (B, 1, T, T) True where attention is allowed
 ): # the mask as the model's attention takes it
     "Raises `TitaError` if the model's attention cannot follow a tree."
-    config = backbone(model).config.get_text_config(); kind = config._attn_implementation
-    if odd := set(getattr(config, "layer_types", None) or ()) - {"full_attention"}: raise TitaError(f"layers with {', '.join(sorted(odd))} cannot follow a tree; train this model with TRL's own trainer (share_prefix=False)")
-    if kind == "sdpa": return mask
-    if kind == "eager": return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~mask, torch.finfo(model.dtype).min)
-    if kind == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask
-        return create_block_mask(lambda b, h, q, k: mask[b, 0, q, k], len(mask), None, *mask.shape[-2:], device=str(mask.device))
-    raise TitaError(f"attention {kind!r} takes no mask of a tree; load the model with attn_implementation='sdpa', or 'flex_attention' on a GPU")
+    config = backbone(model).config.get_text_config()
+    if odd := set(getattr(config, "layer_types", None) or ()) - {"full_attention"}: raise TitaError(f"layers with {', '.join(sorted(odd))} cannot follow a tree; train this model with TRL's own trainer")
+    return _fit(config._attn_implementation, mask, model.dtype)
 
 # %% ../nbs/19_trees.ipynb #8ba31307
 @contextlib.contextmanager
@@ -137,6 +142,29 @@ def label_logps(
     "Log-probabilities of the labels, in float32."
     logps = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     return logps.masked_fill(labels == -100, 0)
+
+# %% ../nbs/19_trees.ipynb #a77e0002
+def attention_seconds(
+    config, # of the text model
+    mask: Tensor, # (B, 1, T, T) of a batch
+    dtype, # of keys and values
+    kinds=("sdpa", "flex_attention"), # attention implementations of transformers
+    least: float=.2, # seconds to measure each for
+) -> dict[str, float]: # seconds of all layers, forward and backward, with the mask; infinite where a kind does not run here
+    "What attention to a batch of trees costs, by implementation."
+    from torch.utils.benchmark import Timer
+    heads, kv = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    layer = torch.nn.Module(); layer.num_key_value_groups, layer.is_causal = heads // kv, True
+    q, k, v = (torch.randn(len(mask), h, mask.shape[-1], width, dtype=dtype, device=mask.device, requires_grad=True) for h in (heads, kv, kv))
+    def attend(kind, fit): ALL_ATTENTION_FUNCTIONS[kind](layer, q, k, v, fit, scaling=width**-.5, dropout=0.)[0].sum().backward()
+    def median(f): return Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=least).median
+    def seconds(kind):
+        fit = _fit(kind, mask, dtype)
+        try: attend(kind, fit)
+        except Exception: return math.inf  # a compiler that is missing, a width that it does not take, no backward
+        return median(lambda: _fit(kind, mask, dtype)) + config.num_hidden_layers * median(lambda: attend(kind, fit))
+    with torch.enable_grad(): return {kind: seconds(kind) for kind in kinds}
 
 # %% ../nbs/19_trees.ipynb #96e453f4
 def as_messages(
