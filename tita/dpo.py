@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import math, warnings, torch, torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
+from fastcore.basics import patch
 from torch import Tensor
 from datasets import Dataset, Image as ImageFeature, Sequence, load_from_disk
 from transformers import TrainerCallback
@@ -264,27 +265,12 @@ class TreeForward:
         args.max_length = args.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
         return TreeCollator(self.store, processor.tokenizer.pad_token_id or 0, args.share, mrope(model), lambda: self.cache.complete(len(self.store)), answers)
 
-    def _attend(self, inner, mask):
-        "Let trees attend in the way that is fastest here: the same on all processes, for the policy and a reference."
-        text = backbone(inner).config.get_text_config()
-        if self.attention is None and text._attn_implementation == "sdpa":
-            kinds, dtype = ("sdpa", "flex_attention") if backbone(inner)._supports_flex_attn else ("sdpa",), torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else inner.dtype
-            found = broadcast_object_list([attention_seconds(text, mask, dtype, kinds)])
-            self.attention = {k: s for k, s in found[0].items() if s < math.inf}
-        if self.attention and text._attn_implementation != (kind := min(self.attention, key=self.attention.get)): backbone(inner).set_attn_implementation({"text_config": kind})
-
     def _tree_forward(self, model, tree, **kwargs):
         "Called in place of the model; what comes out of its head is for the answers' tokens alone."
         inner = self.accelerator.unwrap_model(model)  # the policy or a reference, out of DDP or DeepSpeed
         if self.args.measure_attention: self._attend(inner, tree["inputs"]["attention_mask"])
         inputs = tree["inputs"] | {"attention_mask": fit_mask(inner, tree["inputs"]["attention_mask"])}
         with gathered(inner, tree["rows"], tree["cols"]), self.cache.using(tree["images"]): return model(**inputs, **kwargs)
-
-    def _like_model(self, model):
-        "What TRL's losses take for the model: they pass their own batch, of which the tree and the labels are used."
-        def forward(tree, labels, input_ids, attention_mask, **kwargs): kept.append(self._tree_forward(model, tree, shift_labels=labels[:, 1:], **kwargs)); return kept[0]
-        kept = []
-        return forward, kept
 
     def _load_from_checkpoint(self, checkpoint, model=None):
         "transformers saves a LLaVA under other names than it has in memory, and its own loading here would skip them all with a warning."
@@ -310,6 +296,25 @@ class TreeForward:
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list({*self._signature_columns, "image_ids", *(f"{a}_ids" for a in ("prompt", *self._answers))})
+
+# %% ../nbs/20_dpo.ipynb #a77e0013
+@patch
+def _attend(self: TreeForward, inner, mask):
+    "Let trees attend in the way that is fastest here: the same on all processes, for the policy and a reference."
+    text = backbone(inner).config.get_text_config()
+    if self.attention is None and text._attn_implementation == "sdpa":
+        kinds, dtype = ("sdpa", "flex_attention") if backbone(inner)._supports_flex_attn else ("sdpa",), torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else inner.dtype
+        found = broadcast_object_list([attention_seconds(text, mask, dtype, kinds)])
+        self.attention = {k: s for k, s in found[0].items() if s < math.inf}
+    if self.attention and text._attn_implementation != (kind := min(self.attention, key=self.attention.get)): backbone(inner).set_attn_implementation({"text_config": kind})
+
+# %% ../nbs/20_dpo.ipynb #a77e0015
+@patch
+def _like_model(self: TreeForward, model):
+    "What TRL's losses take for the model: they pass their own batch, of which the tree and the labels are used."
+    def forward(tree, labels, input_ids, attention_mask, **kwargs): kept.append(self._tree_forward(model, tree, shift_labels=labels[:, 1:], **kwargs)); return kept[0]
+    kept = []
+    return forward, kept
 
 # %% ../nbs/20_dpo.ipynb #e5270244
 class PrefixSharedDPOTrainer(TreeForward, DPOTrainer):

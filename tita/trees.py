@@ -148,22 +148,25 @@ def attention_seconds(
     config, # of the text model
     mask: Tensor, # (B, 1, T, T) of a batch
     dtype, # of keys and values
-    kinds=("sdpa", "flex_attention"), # attention implementations of transformers
+    kinds=("sdpa", "flex_attention"), # attention implementations of transformers, the one to trust first
     least: float=.2, # seconds to measure each for
-) -> dict[str, float]: # seconds of all layers, forward and backward, with the mask; infinite where a kind does not run here
+) -> dict[str, float]: # seconds of all layers, forward and backward, with the mask; infinite for a kind that does not run here, or whose output or gradients differ
     "What attention to a batch of trees costs, by implementation."
     from torch.utils.benchmark import Timer
     heads, kv = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     layer = torch.nn.Module(); layer.num_key_value_groups, layer.is_causal = heads // kv, True
     q, k, v = (torch.randn(len(mask), h, mask.shape[-1], width, dtype=dtype, device=mask.device, requires_grad=True) for h in (heads, kv, kv))
-    def attend(kind, fit): ALL_ATTENTION_FUNCTIONS[kind](layer, q, k, v, fit, scaling=width**-.5, dropout=0.)[0].sum().backward()
+    def attend(kind, fit): out = ALL_ATTENTION_FUNCTIONS[kind](layer, q, k, v, fit, scaling=width**-.5, dropout=0.)[0]; return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+    def differs(a, b): return not all((x.float() - y.float()).norm() <= torch.finfo(dtype).eps**.5 * y.float().norm() for x, y in zip(a, b))
     def median(f): return Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=least).median
     def seconds(kind):
         fit = _fit(kind, mask, dtype)
-        try: attend(kind, fit)
+        try: found.append(attend(kind, fit))
         except Exception: return math.inf  # a compiler that is missing, a width that it does not take, no backward
+        if differs(found[-1], found[0]): return math.inf
         return median(lambda: _fit(kind, mask, dtype)) + config.num_hidden_layers * median(lambda: attend(kind, fit))
+    found = []
     with torch.enable_grad(): return {kind: seconds(kind) for kind in kinds}
 
 # %% ../nbs/19_trees.ipynb #96e453f4
