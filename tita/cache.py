@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from .graphs import send
 
 # %% ../nbs/26_cache.ipynb #b6ca6246
 class RaggedLayer(CacheLayerMixin):
@@ -30,6 +31,7 @@ class RaggedLayer(CacheLayerMixin):
 # %% ../nbs/26_cache.ipynb #904a3ce2
 class RaggedCache(Cache):
     "Keys and values of all layers. Each forward says with `place` which rows it is for and how long they are."
+    graphs = None # recorded forwards over this memory, where there are any
     def __init__(self,
         layers: int, # of the model
         rows: int, # how many slots
@@ -42,22 +44,36 @@ class RaggedCache(Cache):
         rows: slice | Tensor, # the slots of the next forward: neighbours, or any (then what they hold is copied)
         lens: Tensor, # (m) how long each is now
         q: int, # how many tokens each gets
+        device: torch.device | None = None, # of the forward, if it is not the host
     ) -> tuple[Tensor, Tensor | None]: # (m, q) positions, and (m, 1, q, kv) what each may see; None where causal order says it all
         "Get ready for a forward of `q` tokens at the end of each row."
         positions, low, high = lens[:, None] + torch.arange(q), int(lens.min()), int(lens.max())
         self.q, self.kv, self._rows, self._start = q, high + q, rows, low if low == high else None
-        self._index = (torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows)[:, None], positions
+        places = (torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows)[:, None]
+        if device is not None and device.type != "cpu": positions, places, self._rows = send(positions, device), send(places, device), rows if isinstance(rows, slice) else send(rows, device)
+        self._index = places, positions
         if self.kv > self.room: self.grow(max(self.kv, self.room * 3 // 2))
         alone = low == high and (q == 1 or low == 0)
-        return positions, None if alone else (torch.arange(self.kv) <= positions[..., None])[:, None]
+        return positions, None if alone else (torch.arange(self.kv, device=device) <= positions[..., None])[:, None]
+
+    def place_fixed(self,
+        lens: Tensor, # (m) of the first m rows, on the device of the forward
+        q: int, # how many tokens each gets
+        kv: int, # how far rows are read: at least as far as any will be long
+    ) -> tuple[Tensor, Tensor]: # as for `place`
+        "Like `place`, with nothing that depends on what lengths the rows have: such a forward can be recorded."
+        positions, rows = lens[:, None] + torch.arange(q, device=lens.device), torch.arange(len(lens), device=lens.device)
+        self.q, self.kv, self._rows, self._start, self._index = q, kv, slice(0, len(lens)), None, (rows[:, None], positions)
+        return positions, (torch.arange(kv, device=lens.device) <= positions[..., None])[:, None]
 
 # %% ../nbs/26_cache.ipynb #dcdc46cf
 @patch
 def write(self: RaggedCache, store: Tensor, x: Tensor) -> Tensor: # (m, heads, kv, width), all that the rows hold
     "Put (m, heads, q, width) new keys or values where the rows end."
-    if self._start is not None: store[self._rows, :, self._start:self.kv] = x
+    rows = self._rows if isinstance(self._rows, slice) else self._rows.to(x.device)
+    if self._start is not None: store[rows, :, self._start:self.kv] = x
     else: store[self._index[0].to(x.device), :, self._index[1].to(x.device)] = x.transpose(1, 2)
-    return store[self._rows, :, :self.kv]
+    return store[rows, :, :self.kv]
 
 @patch
 def _stores(self: RaggedCache): return [(l, name) for l in self.layers if l.is_initialized for name in ("keys", "values")]
@@ -69,6 +85,13 @@ def grow(self: RaggedCache, room: int):
         old = getattr(l, name); new = old.new_zeros(*old.shape[:2], room, old.shape[-1])
         new[:, :, :self.room] = old; setattr(l, name, new)
     self.room = room
+    if self.graphs is not None: self.graphs.known.clear()  # they know the old memory
+
+@patch
+@torch.inference_mode()
+def blank(self: RaggedCache):
+    "Forget what the rows hold, so that nothing odd (a NaN, say) lies beyond the end of a new one."
+    for l, name in self._stores(): getattr(l, name).zero_()
 
 @patch
 def copy(self: RaggedCache, source: RaggedCache, origin: Tensor, target: Tensor | slice, length: int):
@@ -94,7 +117,8 @@ class Stack:
     def __init__(self, decoder, config):
         self.decoder, self.mrope, self.cos = decoder, "mrope_section" in (getattr(config, "rope_parameters", None) or {}), None
         self.embedding, self.first, self.norm = decoder.embed_tokens.weight, decoder.layers[0].self_attn.q_proj.weight, self._norm(decoder.norm)
-        self.width, self.scale, self.gqa = decoder.layers[0].self_attn.head_dim, decoder.layers[0].self_attn.scaling, config.num_key_value_heads != config.num_attention_heads
+        self.width, self.scale, self.shared = decoder.layers[0].self_attn.head_dim, decoder.layers[0].self_attn.scaling, config.num_key_value_heads
+        self.gqa = config.num_attention_heads // self.shared if config.num_attention_heads != self.shared else 0  # queries of a key
         self.layers = [(self._norm(l.input_layernorm), *((p.weight, p.bias) for p in (l.self_attn.q_proj, l.self_attn.k_proj, l.self_attn.v_proj, l.self_attn.o_proj)),
             *(self._norm(getattr(l.self_attn, n, None)) for n in ("q_norm", "k_norm")), self._norm(l.post_attention_layernorm),
             *((p.weight, p.bias) for p in (l.mlp.gate_proj, l.mlp.up_proj, l.mlp.down_proj))) for l in decoder.layers]
@@ -103,13 +127,12 @@ class Stack:
     @property
     def current(self) -> bool: "Are these still the model's weights?"; return self.first is self.decoder.layers[0].self_attn.q_proj.weight and self.embedding is self.decoder.embed_tokens.weight
 
-    def rope(self, positions):
-        "Cosines and signed sines, (m, 1, q, width), from a table that grows."
-        if self.cos is None or int(positions.max()) >= len(self.cos):
-            at = torch.arange(max(512, 2 * int(positions.max())), device=self.embedding.device)
-            cos, sin = (t[0] for t in self.decoder.rotary_emb(self.embedding[:1], at[None, None].expand(3, 1, -1) if self.mrope else at[None]))
-            self.cos, self.sin = cos, torch.cat([-sin[:, :self.width // 2], sin[:, self.width // 2:]], -1)
-        return self.cos[positions][:, None], self.sin[positions][:, None]
+    def reach(self, n: int):
+        "Make the table of cosines and signed sines long enough for positions below n."
+        if self.cos is not None and n <= len(self.cos): return
+        at = torch.arange(max(512, 2 * n), device=self.embedding.device)
+        cos, sin = (t[0] for t in self.decoder.rotary_emb(self.embedding[:1], at[None, None].expand(3, 1, -1) if self.mrope else at[None]))
+        self.cos, self.sin = cos, torch.cat([-sin[:, :self.width // 2], sin[:, self.width // 2:]], -1)
 
 # %% ../nbs/26_cache.ipynb #be3bf2af
 def _rms(x, norm):
@@ -126,9 +149,11 @@ def __call__(self: Stack,
     features: Tensor | None = None, # (images' tokens, hidden), in order
     image_token: int | None = None, # what stands in their places
 ) -> Tensor: # (m, q, hidden)
-    "Hidden states of a block."
-    (m, q), half = tokens.shape, self.width // 2
-    x, (cos, sin), causal = F.embedding(tokens, self.embedding), self.rope(positions), mask is None and q > 1
+    "Hidden states of a block. Positions beyond the cache's columns (M-RoPE) must be announced with `reach`."
+    (m, q), half = tokens.shape, self.width // 2; self.reach(cache.kv)
+    x, cos, sin, causal = F.embedding(tokens, self.embedding), self.cos[positions][:, None], self.sin[positions][:, None], mask is None and q > 1
+    folded = self.gqa and not causal  # queries that share keys stand one after the other
+    if folded and mask is not None: mask = mask.repeat(1, 1, self.gqa, 1)
     if features is not None: x[tokens == image_token] = features.to(x)
     for layer, (n1, Q, K, V, O, qn, kn, n2, G, U, D) in zip(cache.layers, self.layers):
         h = _rms(x, n1)
@@ -136,7 +161,9 @@ def __call__(self: Stack,
         if qn: query, key = _rms(query, qn), _rms(key, kn)
         query, key = (torch.addcmul(t * cos, t.roll(half, -1), sin) for t in (query.transpose(1, 2), key.transpose(1, 2)))
         key, value = layer.update(key, value.transpose(1, 2))
-        a = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=self.gqa)
+        if folded: query = query.reshape(m, self.shared, -1, self.width)
+        a = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=self.gqa > 0 and causal)
+        if folded: a = a.reshape(m, -1, q, self.width)
         x = x + F.linear(a.transpose(1, 2).reshape(m, q, -1), *O); h = _rms(x, n2)
         x = x + F.linear(F.silu(F.linear(h, *G)) * F.linear(h, *U), *D)
     return _rms(x, self.norm)

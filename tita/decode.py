@@ -63,11 +63,12 @@ class AlignedDecoder:
         contrast_t: int = 500, # diffusion step of the noised image in `contrast`
         slots: int | None = None, # rows that run at once; None: by memory
         system: str | None = None, # instructions before each question
+        graphs: bool = True, # on a GPU: record forwards of a few tokens as CUDA graphs
         dtype="auto", device: str | None = None, # for models given by name
     ):
         if slots is not None and slots < 1: raise TitaError(f"slots is {slots}; give at least one, or None to choose by memory")
         known = {}; load = lambda m: _load(m, dtype, device, known)
-        self.base, self.slots, self.contrast_t, self.system = load(base), slots, contrast_t, system
+        self.base, self.slots, self.contrast_t, self.system, self.graphs = load(base), slots, contrast_t, system, graphs
         name = processor if isinstance(processor, (str, Path)) else base if processor is None and isinstance(base, (str, Path)) else None
         self.processor = load_processor(name) if name is not None else processor
         if self.processor is None: raise TitaError("a model in memory comes without its processor; pass processor=...")
@@ -86,6 +87,7 @@ class AlignedDecoder:
 def _arrange(self: AlignedDecoder):
     "Make experts and encoders of the models, and see which towers are the same."
     self._enlist(); self.leader = share_towers(self.experts)
+    for e in self.experts if not self.graphs else (): e.record = None
 
 @patch
 def _enlist(self: AlignedDecoder):
@@ -147,7 +149,7 @@ def _default_slots(experts: list[Expert], tokens: int = 1024) -> int:
     device = experts[0].device
     room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 30
     cost = sum(e.layers * 2 * e.kv_width * e.head.weight.element_size() for e in experts) * min(tokens, experts[0].context)
-    return max(1, min(256, room // cost))
+    return max(1, min(256, max([room // cost, *(c.rows for c in experts[0].spare)])))
 
 # %% ../nbs/31_decode.ipynb #d3381319
 @patch

@@ -87,7 +87,7 @@ class Engine:
         self.last, self.count, self.limit, self.seed, self.group = (torch.zeros(slots, dtype=torch.long) for _ in range(5))
         self.tokens, self.base_tokens, self.forced = (torch.full((slots, 16), -1) for _ in range(3)); self.rewards = torch.zeros(slots, 16)
         self.groups, self.ends = [], torch.zeros(0, self.vocab, dtype=torch.bool)
-        for e in self.experts: e.open(slots, 64)
+        for e in self.experts: e.open(slots, 64, self)
 
     @property
     def busy(self) -> bool: return bool(self.n or self.ready or self.queue)
@@ -185,6 +185,7 @@ def _admit(self: Engine, m: int):
     inputs = look(self.experts, self.leader, pixels, self.noise_seed) if fresh else [{}] * len(self.experts)
     a, b = self.n, self.n + m
     self._seat(rows, a, b)
+    for e in self.experts: e.reserve(max(len(r.prompts[e.encoder].ids) + min(r.sampling.max_new_tokens, 1024) for r in rows) + 16)
     logits = [e.admit(a, [r.prompts[e.encoder] for r in rows], fresh, x, pixels[e.encoder].get("image_grid_thw"), share) for e, x in zip(self.experts, inputs)]
     self.rows[a:b] = rows; self.n = b
     self._choose(a, b, logits)

@@ -18,6 +18,7 @@ from .core import TitaError
 from .decode import ENGINES, AlignedDecoder
 from .engine import Engine
 from .experts import Expert
+from .graphs import send
 from .guidance import settled, signal, token_rewards
 from .sampling import Sampling, propose
 
@@ -141,14 +142,14 @@ def _guess(self: SpeculativeEngine, logits: Tensor, j: int) -> Tensor: # (n) ids
     if self._greedy(): return out
     for g in self.group[:n].unique().tolist():
         if not (s := self.groups[g]).temperature: continue
-        at = (self.group[:n] == g).nonzero()[:, 0]; dev = at.to(logits.device)
-        out[dev] = propose(self._warp(s, logits[dev], []), self.seed[at].to(logits.device), (self.count[at] + j).to(logits.device))
+        at = (self.group[:n] == g).nonzero()[:, 0]; dev, seeds, t = (send(x, logits.device) for x in (at, self.seed[at], self.count[at] + j))
+        out[dev] = propose(self._warp(s, logits[dev], []), seeds, t)
     return out
 
 @patch
 def _write_draft(self: SpeculativeEngine, k: int) -> tuple[Tensor, list[Tensor]]: # (n, k+1) last token and draft, and k logits (n, V)
     "Let the drafter run ahead."
-    n, e = self.n, self.drafter; block, logits = [self.last[:n].to(e.device)], []
+    n, e = self.n, self.drafter; block, logits = [send(self.last[:n], e.device)], []
     for j in range(k):
         logits.append(e.forward(e.cache, slice(0, n), block[-1][:, None], e.lens[:n] + j, delta=self._delta(e))[:, 0, :self.vocab])
         block.append(self._guess(logits[-1], j))
