@@ -8,7 +8,8 @@
 The ways take turns in every round; a way's figure is the median over rounds of its ratio (tokens a second) to the base's own greedy `generate` in that round.
 With --prompt 0 scenes are described and answers end where they end. With --prompt N the question is repeated up to N tokens and the answer has
 exactly --new tokens: beyond what the embedded models learned, so acceptance there says little. Random weights agree on nothing: with --acceptance drafts are
-accepted at that rate by lot, and the table says so.
+accepted at that rate by lot, and the table says so. With --shape the time of a token is also counted in times of the floor: how long the bytes of weights and
+caches that it needs take at the rate of a large copy on that device.
 """
 import argparse, contextlib, copy, os, platform, statistics, time
 
@@ -126,6 +127,13 @@ def counted(engines: list) -> dict:
     return out
 
 
+def bandwidth(args) -> float:
+    "Bytes a second, read and written, of a large copy."
+    from torch.utils.benchmark import Timer
+    x = torch.ones(1 << (30 if args.device.startswith("cuda") else 28), dtype=torch.uint8, device=args.device); y = torch.empty_like(x)
+    return 2 * x.numel() / Timer("y.copy_(x)", globals=dict(x=x, y=y), num_threads=args.threads).blocked_autorange(min_run_time=1.).median
+
+
 def predict(rows: dict, pace: Pace, batch: int, rate: float):
     "Beside each measured ratio the one that measured costs promise: drafts by their acceptance, lazy guidance by the share of unsure tokens."
     plain, alone = rows["ours, draft 0"]["ratio"], rows["ours, base only"]["ratio"]; steps = min(1., (pace.plain(batch) or 0) * rows["ours, draft 0"]["tokens_per_s"] / batch)  # their share of the time; the rest is reading prompts
@@ -149,6 +157,7 @@ def case(dec, auto, alone, processor, scenes, batch: int, prompt: int, new: int,
     over = lambda s, b: statistics.median(x / y for x, y in zip(s, b))
     rows = {n: dict(tokens_per_s=statistics.median(s), ratio=over(s, speeds["base only"]), **(counted([e for _, e in last[n]]) if n.startswith("ours") else {})) for n, s in speeds.items()}
     rows["ours, auto"]["to_draft_0"] = over(speeds["ours, auto"], speeds["ours, draft 0"])
+    for n, r in rows.items() if args.bandwidth else (): r |= {"floors": args.bandwidth / (r["bytes_per_token"] * r["tokens_per_s"])} if n.startswith("ours") else {}
     predict(rows, Pace(dec.pace), batch, args.acceptance if args.acceptance is not None else dec.pace.get("rate", .7))
     return dict(batch=batch, prompt=prompt, new=new, rounds=rounds, ways=rows)
 
@@ -181,7 +190,7 @@ def title(c: dict) -> str: return f"batch {c['batch']}, " + (f"prompt of {c['pro
 def best(c: dict) -> str: "The fastest fixed draft."; return max((n for n in c["ways"] if n.startswith("ours, draft") and n != "ours, draft 0"), key=lambda n: c["ways"][n]["ratio"])
 
 COSTS = (("acceptance", "drafts accepted", 100, "{:.0f}%"), ("unsure", "base unsure", 100, "{:.0f}%"), ("base_forwards_per_token", "base forwards a token", 1, "{:.2f}"), ("other_forwards_per_token", "other forwards a token", 1, "{:.2f}"),
-    ("bytes_per_token", "MB a token", 1e-6, "{:.2f}"), ("predicted", "predicted", 1, "{:.2f}"), ("ratio", "measured", 1, "{:.2f}"))
+    ("bytes_per_token", "MB a token", 1e-6, "{:.2f}"), ("floors", "times the floor", 1, "{:.2f}"), ("predicted", "predicted", 1, "{:.2f}"), ("ratio", "measured", 1, "{:.2f}"))
 
 def table(head: list, rows: list) -> str: return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows])
 
@@ -200,8 +209,10 @@ def targets(result: dict) -> list:
     "What was to be reached, and what was."
     cases = result["cases"]; one = [c for c in cases if c["batch"] == 1]; said = [c for c in one if not c["prompt"]] or one
     low = lambda cases, f: min(map(f, cases), default=None)
-    rows = [("speculative at batch 1, descriptions: times the base alone", low(said, lambda c: c["ways"][best(c)]["ratio"]), 1.3), ("draft 0: times the base alone, lowest of all cases", low(cases, lambda c: c["ways"]["ours, draft 0"]["ratio"]), .85),
+    shape, alone = result["args"]["shape"], [c for c in one if "floors" in c["ways"]["ours, base only"]]
+    rows = [(f"speculative at batch 1{', descriptions' * (not shape)}: times the base alone", low(said, lambda c: c["ways"][best(c)]["ratio"]), 1.5 if shape else 1.3), ("draft 0: times the base alone, lowest of all cases", low(cases, lambda c: c["ways"]["ours, draft 0"]["ratio"]), .85),
         ("auto: times draft 0, lowest of all cases", low(cases, lambda c: c["ways"]["ours, auto"]["to_draft_0"]), .95), (f"six questions on one image, prompt of {result['six_questions']['prompt']}: times one by one", result["six_questions"]["ratio"], 3.)]
+    if alone and result["args"]["device"].startswith("cuda"): rows.append(("base only at batch 1: share of what memory allows (its floor over its time), lowest", 1 / max(c["ways"]["ours, base only"]["floors"] for c in alone), .8))
     return [dict(target=t, value=v, at_least=x, reached=v >= x) for t, v, x in rows if v is not None]
 
 def markdown(result: dict) -> str:
@@ -209,7 +220,7 @@ def markdown(result: dict) -> str:
     a, m = result["args"], result["machine"]; what = f"random weights of shape {a['shape']}" if a["shape"] else "the embedded models" + (" with a trained reward" if a["reward"] else "")
     made = (f"Made by `python scripts/bench_decode.py` on {what}: {result['form']}, λ = {a['lam']:g}, bound {a['bound']:g} nats, {a['dtype']}. {m['name']}, {a['threads']} thread{'s' * (a['threads'] > 1)} of {result['cpus']} cores, "
         f"load {m['load_before']:.1f} before and {m['load_after']:.1f} after ({'processor time' if a['cpu_time'] else 'wall time'}), torch {result['versions']['torch']}, transformers {result['versions']['transformers']}, commit {(result['commit'] or 'unknown')[:12]}. The ways take turns; a ratio is the median of {min(c['rounds'] for c in result['cases'])} to {max(c['rounds'] for c in result['cases'])} paired rounds, "
-        "tokens a second over those of the base's own greedy `generate`." + (f" Drafts are accepted by lot, at {a['acceptance']}." if a["acceptance"] is not None else ""))
+        "tokens a second over those of the base's own greedy `generate`." + (f" Drafts are accepted by lot, at {a['acceptance']}." if a["acceptance"] is not None else "") + (f" A large copy moves {a['bandwidth'] / 1e9:.0f} GB/s." if a["bandwidth"] else ""))
     reached = table(["to reach", "measured", "at least", ""], [[t["target"], f"{t['value']:.2f}", f"{t['at_least']:g}", "reached" if t["reached"] else "missed"] for t in targets(result)])
     return "\n\n".join(["# Decoding speed", made, speed_table(result["cases"]), reached, "## What a token costs", cost_table(result["cases"])]) + "\n"
 
@@ -241,6 +252,7 @@ def main():
     (base, reward, ref), processor = load(args); scenes = make_scenes(max(args.batch + [args.scenes]), seed=99)
     form = args.form or ("ratio" if args.reward or args.shape else "interpolate"); load_now = lambda: os.getloadavg()[0]
     dec = AlignedDecoder(base, reward, processor, ref if form == "ratio" else None, form=form, lam=args.lam, bound=args.bound or None)
+    args.bandwidth = bandwidth(args) if args.shape else None
     auto = copy.copy(dec); auto.pace = {}  # it knows what it has measured itself, as a user's does
     result = dict(cases=[], **run_info(), form=form, args=vars(args), machine=dict(name=machine(args), load_before=load_now()))
     result["six_questions"] = six_questions(scenes, args)

@@ -32,7 +32,7 @@ def settings(
 
 def compile_lock(
     wanted: list, # requirement lines
-    python: str, # oldest Python, such as 3.10
+    python: str, # oldest Python, such as 3.11
     *options: str, # more options of `uv pip compile`
 ) -> list: # lines `name==version ; marker`, sorted by name
     "One resolution for all Pythons from `python` on; an older Python gets older versions where it must."

@@ -3,10 +3,10 @@
 #
 #   bash scripts/setup.sh
 #
-# Needs Python 3.10 to 3.13, a C++ compiler (DeepSpeed compiles its operators with it) and a package registry.
+# Needs Python 3.11 to 3.13, a C++ compiler (DeepSpeed compiles its operators with it) and a package registry.
 # A stamp inside .venv is written last: without it, or with another one, nothing in .venv is trusted and pip goes over all of it.
 #
-#   PYTHON             the Python to use (else .venv's own, python3, python3.13 ... python3.10)
+#   PYTHON             the Python to use (else .venv's own, python3, python3.13 ... python3.11)
 #   TITA_TORCH         what to install as PyTorch: a wheel, an address or a requirement such as torch==2.13.0
 #   TITA_TORCH_INDEX   the package index to take PyTorch from, such as https://download.pytorch.org/whl/cu130
 set -euo pipefail
@@ -66,7 +66,7 @@ find_python() { # sets py
         in_range "$v" || die "PYTHON=$PYTHON is Python $v; tita needs $low to $high" "Set PYTHON to one of these, such as PYTHON=python3.11."
         py=$PYTHON; return
     fi
-    for c in "$venv/bin/python" python3 python3.13 python3.12 python3.11 python3.10 python; do
+    for c in "$venv/bin/python" python3 python3.13 python3.12 python3.11 python; do
         v=$(python_version "$c") || continue
         if in_range "$v"; then py=$c; return; fi
         seen="${seen:+$seen,} $c ($v)"

@@ -47,13 +47,13 @@ def refused(run, repo, *texts):
 
 def test_old_python_is_refused(repo, tmp_path):
     old = command(tmp_path/"bin", "python3.9", "echo 3.9")/"python3.9"
-    refused(setup(repo, PYTHON=str(old)), repo, "is Python 3.9; tita needs 3.10 to 3.13", "PYTHON=python3.11")
+    refused(setup(repo, PYTHON=str(old)), repo, "is Python 3.9; tita needs 3.11 to 3.13", "PYTHON=python3.11")
 
 def test_python_that_does_not_run_is_refused(repo):
     refused(setup(repo, PYTHON="no-such-python"), repo, "PYTHON=no-such-python does not run")
 
 def test_no_python_is_told(repo, tmp_path):
-    refused(setup(repo, tools(tmp_path/"bin", *BASICS)), repo, "no Python 3.10 to 3.13 was found", "Install one")
+    refused(setup(repo, tools(tmp_path/"bin", *BASICS)), repo, "no Python 3.11 to 3.13 was found", "Install one")
 
 def test_too_old_pythons_are_named(repo, tmp_path):
     path = command(tools(tmp_path/"bin", *BASICS), "python3", "echo 3.8")

@@ -7,7 +7,7 @@ __all__ = ['Secret', 'redact', 'Price', 'Endpoint', 'check_url', 'read_providers
            'find_endpoint', 'any_endpoint']
 
 # %% ../nbs/42_providers.ipynb #7204e20c
-import difflib, os, re
+import difflib, os, re, tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -106,8 +106,6 @@ def read_providers(
     path: str | Path, # a TOML file
 ) -> dict: # tables "providers", "models" and "aliases"
     "Read one provider file. Raises `TitaError` naming file and entry."
-    try: import tomllib
-    except ImportError: import tomli as tomllib
     try: data = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError: raise TitaError(f"{path}: no such provider file; check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise TitaError(f"{path}: not TOML ({e}); mend it") from None
