@@ -300,8 +300,18 @@ def test_run_notebook(tmp_path):
 
 @pytest.mark.slow
 def test_bench(tmp_path):
-    run = script("scripts/bench_decode.py", "--rounds", 1, "--scenes", 2, "--batch", "1,2", "--prompt", "0,64", "--new", 4, "--out", tmp_path/"speed")
+    run = script("scripts/bench_decode.py", "--rounds", 1, "--seconds", 0, "--scenes", 2, "--batch", "1,2", "--prompt", "0,64", "--new", 4, "--out", tmp_path/"speed")
     assert run.returncode == 0, run.stderr[-2000:]
     said = json.loads((tmp_path/"speed.json").read_text()); assert len(said["cases"]) == 4 and len(said["targets"]) == 4
     for c in said["cases"]: assert {"base only", "cached processor", "full-prefix processor", "ours, draft 0", "ours, lazy", "ours, auto"} <= set(c["ways"]) and all(w["tokens_per_s"] > 0 for w in c["ways"].values())
     assert "| batch 2, prompt of 64, 4 new tokens |" in (tmp_path/"speed.md").read_text()
+
+
+@pytest.mark.slow
+def test_bench_of_a_shape(tmp_path):
+    "Random weights, drafts accepted by lot, times of the floor that memory sets."
+    run = script("scripts/bench_decode.py", "--shape", "tiny/tiny", "--dtype", "bfloat16", "--acceptance", .8, "--rounds", 1, "--seconds", 0, "--prompt", "64", "--new", 60, "--out", tmp_path/"speed")
+    assert run.returncode == 0, run.stderr[-2000:]
+    said = json.loads((tmp_path/"speed.json").read_text()); ways = said["cases"][0]["ways"]; one = ways["ours, base only"]
+    assert one["floors"] == pytest.approx(said["args"]["bandwidth"] / (one["bytes_per_token"] * one["tokens_per_s"])) and 0 < ways["ours, draft 4"]["acceptance"] < 1
+    assert "A large copy moves" in (tmp_path/"speed.md").read_text() and "times the floor" in (tmp_path/"speed.md").read_text()

@@ -165,6 +165,14 @@ def test_unknown_parameter_and_file_are_refused(tmp_path):
     assert "nope.yaml" in (run := run_notebook(nb, tmp_path/"b.ipynb", "-f", tmp_path/"nope.yaml")).stderr and run.returncode == 2
     assert not (tmp_path/"b.ipynb").exists()
 
+## bench_gpu.sh
+
+def test_figures_of_a_gpu_need_one(tmp_path):
+    "Without a GPU it says so before it sets anything up."
+    path = f"{command(tmp_path/'bin', 'nvidia-smi', 'exit 9')}:{os.environ['PATH']}"
+    run = subprocess.run(["bash", ROOT/"scripts/bench_gpu.sh", tmp_path/"out"], env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert run.returncode == 2 and "there is no GPU here" in run.stderr and not (tmp_path/"out").exists()
+
 ## make_readme.py
 
 @pytest.mark.parametrize("link, seen", [("11_augment.ipynb", "nbs/11_augment.ipynb"), ("../results/a.png", "results/a.png"), ("#top", "#top"),
