@@ -40,10 +40,10 @@ def record_cuda(
     with torch.cuda.graph(graph, pool=_pool(device), stream=stream, capture_error_mode="thread_local"): out = f(*inputs)
     return graph.replay, inputs, out
 
-# %% ../nbs/09_graphs.ipynb #9a6640fd
+# %% ../nbs/09_graphs.ipynb #b4e19d3a
 class Tape(TorchDispatchMode):
     "Notes the operations that run within it, as a CUDA graph does. Raises `TitaError` for one that would need the host."
-    host = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "lift_fresh", "is_pinned", "_pin_memory"}  # their results, or inputs, are ordinary memory
+    host = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "argwhere", "masked_select", "_unique2", "lift_fresh", "_pin_memory"}  # their results, or inputs, are ordinary memory
     def __init__(self): super().__init__(); self.done = []
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}; by_mask = name.startswith("index") and any(torch.is_tensor(x) and x.dtype == torch.bool for x in tree_leaves(args[1:2]))
