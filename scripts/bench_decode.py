@@ -157,7 +157,8 @@ def case(dec, auto, alone, processor, scenes, batch: int, prompt: int, new: int,
     over = lambda s, b: statistics.median(x / y for x, y in zip(s, b))
     rows = {n: dict(tokens_per_s=statistics.median(s), ratio=over(s, speeds["base only"]), **(counted([e for _, e in last[n]]) if n.startswith("ours") else {})) for n, s in speeds.items()}
     rows["ours, auto"]["to_draft_0"] = over(speeds["ours, auto"], speeds["ours, draft 0"])
-    for n, r in rows.items() if args.bandwidth else (): r |= {"floors": args.bandwidth / (r["bytes_per_token"] * r["tokens_per_s"])} if n.startswith("ours") else {}
+    for r in rows.values():
+        if args.bandwidth and "bytes_per_token" in r: r["floors"] = args.bandwidth / (r["bytes_per_token"] * r["tokens_per_s"])
     predict(rows, Pace(dec.pace), batch, args.acceptance if args.acceptance is not None else dec.pace.get("rate", .7))
     return dict(batch=batch, prompt=prompt, new=new, rounds=rounds, ways=rows)
 

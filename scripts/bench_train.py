@@ -142,12 +142,15 @@ def main():
         results.append(row)
         print(f"{questions} question(s) an image: " + ", ".join(f"{k} {rate[k]:.2f} pairs/s, {held[k]:.0f} MiB" for k in trainers)
             + f"; trees {row['speedup']['tree']:.2f}x over TRL (the count of operations: {row['bound']['tree']:.2f}x)"
-            + (f"; attention to trees {', '.join(f'{k} {v * 1e3:.2f} ms' for k, v in row['attention_seconds'].items())}" if row["attention_seconds"] else ""), flush=True)
+            + (f"; attention to trees {costs(row)}" if row["attention_seconds"] else ""), flush=True)
     report = dict(settings={k: v for k, v in vars(args).items() if k not in ("out", "memory")}, time="wall" if torch.cuda.is_available() else "CPU", results=results, info=run_info(), load=os.getloadavg()[0])
     if args.out: write_json(args.out, report); print(write_text(Path(args.out).with_suffix(".md"), table(report)))
 
 
 TARGETS = {1: 2.2, 2: 3.5}
+
+
+def costs(row): "What attention was measured to cost."; return ", ".join(f"{k} {v * 1e3:.2f} ms" for k, v in row["attention_seconds"].items())
 
 
 def table(report):
@@ -162,7 +165,8 @@ def table(report):
         for k in names:
             over, bound = (r["speedup"].get(k), r["bound"].get(k)) if k != "trl" else (None, None); target = TARGETS.get(r["questions"]) if k == "tree" else None
             lines.append(f"| {r['questions']} | {names[k]} | {r['pairs_per_second'][k]:.2f} | " + " | ".join("" if v is None else f"{v:.2f}x" for v in (over, bound)) + f" | {'' if target is None else f'{target}x, ' + ('reached' if over >= target else 'not reached')} | {r['peak_mib'][k]:.0f} |")
-    if any(r.get("attention_seconds") for r in report["results"]): lines += ["", "Attention to trees, all layers forward and backward with the mask (the faster was taken): " + "; ".join(f"with {r['questions']} an image " + ", ".join(f"{k} {v * 1e3:.2f} ms" for k, v in r["attention_seconds"].items()) for r in report["results"] if r.get("attention_seconds")) + "."]
+    if measured := [f"with {r['questions']} an image {costs(r)}" for r in report["results"] if r["attention_seconds"]]:
+        lines += ["", f"Attention to trees, all layers forward and backward with the mask (the faster was taken): {'; '.join(measured)}."]
     same = max(abs(r["losses"][k] - r["losses"]["trl"]) for r in report["results"] for k in ("pair", "tree"))
     return "\n".join(lines + ["", f"The losses of the first step differ by at most {same:.1e}. The count of operations is torch's own (matrix products and attention, forward and backward), TRL's over ours: what the speed-up would be if every operation took its time in all three. "
         f"Commit {(info['commit'] or 'unknown')[:12]}, {info['system']}, torch {info['versions'].get('torch')}, trl {info['versions'].get('trl')}."]) + "\n"

@@ -8,8 +8,8 @@ import contextlib
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from tita.graphs import Tape
 
-NUMBERS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "argwhere", "masked_select", "_unique2"}  # their results, or the sizes of these, are on the host
 FAR = torch.device("meta")  # a device that every build of PyTorch knows
 
 
@@ -46,7 +46,7 @@ def call(func, args, kwargs):
         for f in free:
             if torch.is_tensor(f) and not isinstance(f, FarTensor): waits(f"{name} with an index from the host")
             elif torch.is_tensor(f) and f.dtype == torch.bool: waits(f"{name} with a mask")
-    if name in NUMBERS and far: waits(name)
+    if name in Tape.host and far: waits(name)
     there = bool(far) if at is None else at == FAR
     if name in ("_to_copy", "to") and at is not None and there != bool(far): (there and (kwargs.get("non_blocking") or any(a is True for a in args))) or waits("a copy to the host" if far else "a copy from ordinary memory")
     if name == "copy_": there = isinstance(args[0], FarTensor); isinstance(args[0], FarTensor) == isinstance(args[1], FarTensor) or (there and (kwargs.get("non_blocking") or len(args) > 2 and args[2])) or waits("a copy between devices")

@@ -4,7 +4,7 @@ import copy, gc
 import pytest
 import torch
 from tita.decode import AlignedDecoder
-from tita.graphs import Graphs, record_cuda, record_tape
+from tita.graphs import record_cuda, record_tape
 from tita.hf import aligned
 from tita.models import chat_prompt
 from tita.world import make_scenes

@@ -203,7 +203,7 @@ def test_command_line_tells_mistakes(folder, capsys):
 
 
 def test_attention_is_measured_once_and_kept_in_the_metrics(folder):
-    "Where it is asked for the first batch is timed with what this machine has; a named implementation is not questioned; the model comes back as it was."
+    "Where it is asked for the first batch is timed with what this machine has; a named implementation is not questioned."
     from tita.train import main, parse
     out = folder / "measured"; main(flags(folder, "measured", "--max_steps", "1", "--measure_attention", "true"))
     assert 0 < json.loads((out / "metrics.json").read_text())["attention_seconds"]["sdpa"] < 1

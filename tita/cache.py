@@ -52,7 +52,7 @@ class RaggedCache(Cache):
         places = (torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows)[:, None]
         if device is not None and device.type != "cpu": positions, places, self._rows = send(positions, device), send(places, device), rows if isinstance(rows, slice) else send(rows, device)
         self._index = places, positions
-        if self.kv > self.room: self.grow(max(self.kv, self.room * 3 // 2))
+        self.make_room(self.kv)
         alone = low == high and (q == 1 or low == 0)
         return positions, None if alone else (torch.arange(self.kv, device=device) <= positions[..., None])[:, None]
 
@@ -86,6 +86,11 @@ def grow(self: RaggedCache, room: int):
         new[:, :, :self.room] = old; setattr(l, name, new)
     self.room = room
     if self.graphs is not None: self.graphs.known.clear()  # they know the old memory
+
+@patch
+def make_room(self: RaggedCache, tokens: int):
+    "Grow if rows of this many tokens do not fit, and by half at least: they will be longer yet."
+    if tokens > self.room: self.grow(max(tokens, self.room * 3 // 2))
 
 @patch
 @torch.inference_mode()

@@ -114,7 +114,7 @@ def _fixed(self: Expert, cache, tokens: Tensor, at: Tensor, kv: int) -> Tensor: 
 def _replay(self: Expert, cache, tokens: Tensor, lens: Tensor, delta) -> Tensor: # (m, q, V)
     "A forward of the first m rows by a recording, or one that will be recorded."
     (m, q), longest, stack = tokens.shape, int(lens.max()) + tokens.shape[1], self.stack
-    if longest > cache.room: cache.grow(max(longest, cache.room * 3 // 2))
+    cache.make_room(longest)
     n, kv, at = min(1 << (m - 1).bit_length(), cache.rows), columns(longest, cache.room), torch.stack([lens, delta if torch.is_tensor(delta) else lens.new_full((m,), delta)])
     self._reach(cache.room, at[1])
     key = n, q, kv, len(stack.cos), stack.first.data_ptr(), stack.embedding.data_ptr()
