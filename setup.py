@@ -5,7 +5,8 @@ from setuptools import find_packages, setup
 
 root = Path(__file__).resolve().parent
 config = ConfigParser(delimiters=["="])
-if not config.read(root/"settings.ini", encoding="utf-8"): raise SystemExit(f"{root/'settings.ini'} is missing: setup.py takes everything from it")
+if not config.read(root/"settings.ini", encoding="utf-8"):
+    raise SystemExit(f"{root/'settings.ini'} is missing: setup.py takes everything from it")
 cfg = config["DEFAULT"]
 
 licenses = {"apache2": ("Apache-2.0", "LICENSE")}

@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/"tests"))
 from standin import standin
-from tita.client import Settings
+from tita.api.client import Settings
 from tita.core import run_info, write_json
-from tita.load import Load, read_questions, run_load
-from tita.providers import any_endpoint
+from tita.bench.traffic import Load, read_questions, run_load
+from tita.api.endpoints import any_endpoint
 
 
 def make_questions(folder: Path, n: int, image: bool) -> list:
@@ -37,7 +37,8 @@ def measure(url, questions, folder, concurrency, name) -> dict:
 def one_by_one(url, latency: float, n: int = 3) -> float:
     "Seconds a question when each waits for the last one and then for a second."
     from openai import OpenAI
-    client = OpenAI(base_url=url, api_key="none"); start = time.perf_counter()
+    client = OpenAI(base_url=url, api_key="none")
+    start = time.perf_counter()
     for i in range(n):
         client.chat.completions.create(model="m", messages=[dict(role="user", content=f"What is {i} plus 1?")], max_tokens=1024, temperature=.1)
         time.sleep(1)
@@ -46,22 +47,31 @@ def one_by_one(url, latency: float, n: int = 3) -> float:
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--questions", type=int, default=500); p.add_argument("--latency", type=float, default=.05); p.add_argument("--concurrency", type=int, default=32)
-    p.add_argument("--tokens", type=int, default=4, help="tokens in an answer"); p.add_argument("--image", action="store_true", help="send an image with each question")
-    p.add_argument("--repeat", type=int, default=10, help="runs, of which the fastest counts"); p.add_argument("--out", help="write the numbers as JSON")
-    a = p.parse_args(); os.environ.setdefault("TITA_PROGRESS", "0")
+    p.add_argument("--questions", type=int, default=500)
+    p.add_argument("--latency", type=float, default=.05)
+    p.add_argument("--concurrency", type=int, default=32)
+    p.add_argument("--tokens", type=int, default=4, help="tokens in an answer")
+    p.add_argument("--image", action="store_true", help="send an image with each question")
+    p.add_argument("--repeat", type=int, default=10, help="runs, of which the fastest counts")
+    p.add_argument("--out", help="write the numbers as JSON")
+    a = p.parse_args()
+    os.environ.setdefault("TITA_PROGRESS", "0")
     with tempfile.TemporaryDirectory() as tmp:
-        folder = Path(tmp); questions = make_questions(folder, a.questions, a.image)
+        folder = Path(tmp)
+        questions = make_questions(folder, a.questions, a.image)
         with standin(models={"m": dict(delay=a.latency, prefix="so " * max(0, a.tokens - 4))}) as url:
             measure(url, questions[:8], folder, 8, "warm")
             runs = [measure(url, questions, folder, a.concurrency, f"run{i}") for i in range(a.repeat)]
             single = one_by_one(url, a.latency)
-    best, usual = min(runs, key=lambda r: r["wall"]), statistics.median(r["wall"] for r in runs); ideal = math.ceil(a.questions / a.concurrency) * a.latency
+    best, usual = min(runs, key=lambda r: r["wall"]), statistics.median(r["wall"] for r in runs)
+    ideal = math.ceil(a.questions / a.concurrency) * a.latency
     result = dict(questions=a.questions, latency=a.latency, concurrency=a.concurrency, tokens=a.tokens, image=a.image, ideal=ideal, wall=best["wall"], ratio=best["wall"] / ideal, median_ratio=usual / ideal,
         cpu_ms=1e3 * min(r["cpu"] for r in runs) / a.questions, one_by_one=single * a.questions, faster=single * a.questions / best["wall"], runs=runs, machine=run_info(("openai",)))
     print(f"{a.questions} questions of {1e3 * a.latency:g} ms, {a.concurrency} at once: {best['wall']:.2f} s, {result['ratio']:.2f} x the ideal {ideal:.2f} s (median {usual / ideal:.2f} x); "
         f"{result['cpu_ms']:.1f} ms CPU a request; one by one {single * a.questions:.0f} s, {result['faster']:.0f} x as long")
-    if a.out: write_json(a.out, result)
+    if a.out:
+        write_json(a.out, result)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -13,32 +13,34 @@ from pathlib import Path
 def sevas_way(model, processor, questions, images, views, max_new_tokens, seed):
     "One row at a time, one view at a time."
     import torch
-    from tita.augment import parse_view, view_seed
+    from tita.views import parse_view, view_seed
     from tita.core import open_image
     from tita.models import chat_prompt
-    from tita.sources import find_image
+    from tita.data.sources import find_image
     out = {}
     for view in map(parse_view, views):
         for q in questions:
             s = view_seed(seed, view.name, q["image"])
             image, prompt = view.image(open_image(find_image(images, q["image"])), s), chat_prompt(processor, q["text"])
             inputs = processor(images=image, text=prompt, return_tensors="pt", add_special_tokens=not prompt.startswith(processor.tokenizer.bos_token or "\0"))
-            if view.on == "tensor": inputs["pixel_values"] = view.tensor(inputs["pixel_values"], [s])
+            if view.on == "tensor":
+                inputs["pixel_values"] = view.tensor(inputs["pixel_values"], [s])
             inputs = {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
-            with torch.inference_mode(): ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=processor.tokenizer.pad_token_id)
+            with torch.inference_mode():
+                ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=processor.tokenizer.pad_token_id)
             out[q["question_id"], view.name] = processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
     return out
 
 def our_way(model, processor, questions, images, views, max_new_tokens, seed, batch_size):
     "All views in one pass."
-    from tita.generate import answer_key, generate_answers
+    from tita.data.answers import answer_key, generate_answers
     with tempfile.TemporaryDirectory() as tmp:
         rows = generate_answers(model, processor, questions, images, views, Path(tmp)/"answers.jsonl", batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed)
     return {answer_key(r)[:2]: r["answer"] for r in rows}
 
 def world_rows(n, folder):
     "Eight presence questions and a caption about each scene, and its image as a file."
-    from tita.world import make_scenes
+    from tita.world.embedded import make_scenes
     rows = []
     for i, scene in enumerate(make_scenes(-(-n // 9), seed=11, split="train")):
         scene.image.save(folder/f"{i}.png")
@@ -50,12 +52,21 @@ def compare(model, processor, questions, images, args):
     "Rounds in turn: rows a second of both ways, their ratio, and how many answers agree."
     import torch
     views, n = args.views.split(","), len(questions) * len(args.views.split(","))
-    few = questions[:args.few]; times = {"seva": [], "tita": []}; sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    few = questions[:args.few]
+    times = {"seva": [], "tita": []}
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
     given = model, processor, few, images, views, args.max_new_tokens, args.seed
-    sevas_way(*given[:2], few[:4], *given[3:]); our_way(*given[:2], few[:4], *given[3:], args.batch_size)
+    sevas_way(*given[:2], few[:4], *given[3:])
+    our_way(*given[:2], few[:4], *given[3:], args.batch_size)
     for _ in range(args.rounds):
-        t = time.perf_counter(); one = sevas_way(*given); sync(); times["seva"].append(len(one) / (time.perf_counter() - t))
-        t = time.perf_counter(); many = our_way(*given[:2], questions, *given[3:], args.batch_size); sync(); times["tita"].append(n / (time.perf_counter() - t))
+        t = time.perf_counter()
+        one = sevas_way(*given)
+        sync()
+        times["seva"].append(len(one) / (time.perf_counter() - t))
+        t = time.perf_counter()
+        many = our_way(*given[:2], questions, *given[3:], args.batch_size)
+        sync()
+        times["tita"].append(n / (time.perf_counter() - t))
     ratios = [b / a for a, b in zip(*times.values())]
     return {"rows": n, "rows_seva": len(one), "seva_rows_per_s": round(statistics.median(times["seva"]), 1), "tita_rows_per_s": round(statistics.median(times["tita"]), 1),
         "ratio": round(statistics.median(ratios), 2), "ratios": [round(r, 2) for r in ratios], "equal_answers": sum(many[k] == v for k, v in one.items()), "compared": len(one)}
@@ -63,35 +74,51 @@ def compare(model, processor, questions, images, args):
 def machine():
     "What the figures were taken on: processor, cores, GPU, and how busy it was with other things."
     import torch
-    try: cpu = next(l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
-    except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
+    try:
+        cpu = next(l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
     return {"cpu": cpu, "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)}
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", help="folder or hub name [default: base and reward of the embedded world]"); p.add_argument("--questions"); p.add_argument("--images")
-    p.add_argument("--rows", type=int, default=720, help="questions for tita's way"); p.add_argument("--few", type=int, default=90, help="of them for SeVa's way, which is slow")
-    p.add_argument("--views", default="clean,diffusion-800"); p.add_argument("--rounds", type=int, default=3); p.add_argument("--batch-size", type=int, default=128)
-    p.add_argument("--max-new-tokens", type=int, default=48); p.add_argument("--seed", type=int, default=0); p.add_argument("--dtype", default="auto")
-    p.add_argument("--least", type=float, help="ratio below which to exit with 1 [default: 3, with a GPU 8]"); p.add_argument("--out", help="also write the figures there, JSON")
+    p.add_argument("--model", help="folder or hub name [default: base and reward of the embedded world]")
+    p.add_argument("--questions")
+    p.add_argument("--images")
+    p.add_argument("--rows", type=int, default=720, help="questions for tita's way")
+    p.add_argument("--few", type=int, default=90, help="of them for SeVa's way, which is slow")
+    p.add_argument("--views", default="clean,diffusion-800")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--batch-size", type=int, default=128)
+    p.add_argument("--max-new-tokens", type=int, default=48)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--dtype", default="auto")
+    p.add_argument("--least", type=float, help="ratio below which to exit with 1 [default: 3, with a GPU 8]")
+    p.add_argument("--out", help="also write the figures there, JSON")
     args = p.parse_args()
     import torch
     from tita.core import TitaError, run_info, write_json
     from tita.models import load_processor, load_vlm
-    from tita.sources import read_questions
-    from tita.world import world_folder
+    from tita.data.sources import read_questions
+    from tita.world.embedded import world_folder
     least = args.least or (8 if torch.cuda.is_available() else 3)
-    if args.model and not (args.questions and args.images): p.error("--model needs --questions and --images")
+    if args.model and not (args.questions and args.images):
+        p.error("--model needs --questions and --images")
     results, where = {}, machine()
     with tempfile.TemporaryDirectory() as tmp:
         questions, images = (read_questions(args.questions)[:args.rows], Path(args.images)) if args.questions else (world_rows(args.rows, Path(tmp)), Path(tmp))
         models = {args.model: args.model} if args.model else {f"world {n}": world_folder()/"seed0"/n for n in ("base", "reward")}
         try:
             for name, folder in models.items():
-                results[name] = compare(load_vlm(folder, dtype=args.dtype), load_processor(folder), questions, images, args); r = results[name]
+                results[name] = compare(load_vlm(folder, dtype=args.dtype), load_processor(folder), questions, images, args)
+                r = results[name]
                 print(f"{name}: SeVa's way {r['seva_rows_per_s']} rows/s, tita {r['tita_rows_per_s']} rows/s, ratio {r['ratio']} {r['ratios']}; {r['equal_answers']} of {r['compared']} answers equal", flush=True)
-        except TitaError as e: sys.exit(f"error: {e}")
-    if args.out: write_json(args.out, {"results": results, "machine": where, "views": args.views, "batch_size": args.batch_size, "run": run_info()})
-    if slow := [n for n, r in results.items() if r["ratio"] < least]: sys.exit(f"below {least}: {', '.join(slow)}")
+        except TitaError as e:
+            sys.exit(f"error: {e}")
+    if args.out:
+        write_json(args.out, {"results": results, "machine": where, "views": args.views, "batch_size": args.batch_size, "run": run_info()})
+    if slow := [n for n, r in results.items() if r["ratio"] < least]:
+        sys.exit(f"below {least}: {', '.join(slow)}")
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,8 @@ log-probabilities: TRL computes them in every step, we once before. Both times a
 """
 import argparse, json, math, os, statistics, subprocess, sys, tempfile, time
 
-os.environ.setdefault("TQDM_DISABLE", "1"); os.environ.setdefault("TITA_PROGRESS", "0")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("TITA_PROGRESS", "0")
 import psutil, torch
 from pathlib import Path
 from PIL import Image
@@ -20,7 +21,9 @@ def synthetic(args):
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
     from tokenizers import Tokenizer, models, pre_tokenizers
     words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"] + [f"w{i}" for i in range(args.vocab - 7)]
-    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")); tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit(); tok.add_special_tokens(words[:7])
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok.add_special_tokens(words[:7])
     tok = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     template = ("{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}{% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image' else c['text'] }}{% endfor %}"
                 "{{ ' </s>' if m['role'] == 'assistant' else ' ' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
@@ -37,7 +40,8 @@ def synthetic(args):
 
 def rows(args, questions):
     "args.batch pairs about args.batch / questions images."
-    g = torch.Generator().manual_seed(0); word = lambda n: " ".join(f"w{i}" for i in torch.randint(args.vocab - 7, (n,), generator=g).tolist())
+    g = torch.Generator().manual_seed(0)
+    word = lambda n: " ".join(f"w{i}" for i in torch.randint(args.vocab - 7, (n,), generator=g).tolist())
     images = [Image.effect_noise((args.grid * 14,) * 2, 60).convert("RGB") for _ in range(math.ceil(args.batch / questions))]
     say = lambda role, n: [dict(role=role, content=word(n))]
     return [dict(images=[images[i // questions]], prompt=say("user", args.question), chosen=say("assistant", args.answer), rejected=say("assistant", args.answer)) for i in range(args.batch)]
@@ -53,13 +57,14 @@ def build(kind, args, model, processor, data, folder):
     import copy
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
-    from tita.dpo import PrefixSharedDPOConfig, PrefixSharedDPOTrainer
+    from tita.train.dpo import PrefixSharedDPOConfig, PrefixSharedDPOTrainer
     usual = dict(output_dir=f"{folder}/{kind}", per_device_train_batch_size=args.batch, learning_rate=1e-6, report_to=[], use_cpu=not torch.cuda.is_available(), bf16=args.dtype == "bfloat16" and torch.cuda.is_available(),
         gradient_checkpointing=args.gradient_checkpointing, dataloader_pin_memory=False)
     peft = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj") if args.lora else None
     model = copy.deepcopy(model)
     if kind == "trl":
-        for p in model.model.vision_tower.parameters(): p.requires_grad_(False)
+        for p in model.model.vision_tower.parameters():
+            p.requires_grad_(False)
         return DPOTrainer(model, copy.deepcopy(model) if not args.lora else None, DPOConfig(max_length=None, **usual), train_dataset=data, processing_class=processor, peft_config=peft)
     share = "image" if kind == "tree" else "pair"
     return PrefixSharedDPOTrainer(model, None, PrefixSharedDPOConfig(share=share, **usual), data, processing_class=processor, peft_config=peft)
@@ -68,26 +73,32 @@ def build(kind, args, model, processor, data, folder):
 def step(trainer):
     "Collate, loss, backward, optimizer: seconds of wall time and of CPU."
     examples = [dict(trainer.train_dataset[i]) for i in range(len(trainer.train_dataset))]
-    if torch.cuda.is_available(): torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     t, c = time.perf_counter(), time.process_time()
     inputs = trainer._prepare_inputs(trainer.data_collator(examples))
-    with trainer.accelerator.autocast(): loss = trainer.compute_loss(trainer.model, inputs)
+    with trainer.accelerator.autocast():
+        loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
-    trainer.optimizer.step(); trainer.optimizer.zero_grad()
-    if torch.cuda.is_available(): torch.cuda.synchronize()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - t, time.process_time() - c, loss.item()
 
 
 def flops(trainer):
     "Floating-point operations of one step, counted by torch; those of our reference pass are counted apart."
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter: step(trainer)
+    with FlopCounterMode(display=False) as counter:
+        step(trainer)
     return counter.get_total_flops()
 
 
 def reference_flops(trainer):
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter: reference_pass(trainer)
+    with FlopCounterMode(display=False) as counter:
+        reference_pass(trainer)
     return counter.get_total_flops()
 
 
@@ -97,8 +108,12 @@ def peak(kind, args, questions, model, processor):
         argv = [a for a in sys.argv[1:]] + ["--memory", kind, "--questions", str(questions)]
         return float(subprocess.run([sys.executable, __file__, *argv], check=True, capture_output=True, text=True).stdout.split()[-1])
     with tempfile.TemporaryDirectory() as folder:
-        torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
-        trainer = build(kind, args, model, processor, as_dataset(rows(args, questions)), folder); trainer.create_optimizer(); step(trainer)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        trainer = build(kind, args, model, processor, as_dataset(rows(args, questions)), folder)
+        trainer.create_optimizer()
+        step(trainer)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
@@ -106,32 +121,47 @@ def memory(args, model, processor):
     "In a process of its own: print the peak."
     before = psutil.Process().memory_info().rss
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(args.memory, args, model, processor, as_dataset(rows(args, args.questions[0])), folder); trainer.create_optimizer(); step(trainer)
+        trainer = build(args.memory, args, model, processor, as_dataset(rows(args, args.questions[0])), folder)
+        trainer.create_optimizer()
+        step(trainer)
     high = next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))  # ru_maxrss would be the parent's
     print(high / 1024 - before / 2**20)
 
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in dict(layers=6, hidden=384, vocab=4000, grid=24, vision_layers=6, vision_hidden=128, question=24, answer=24, batch=4, repeats=5, epochs=2, lora=0).items(): ap.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    ap.add_argument("--questions", type=int, nargs="+", default=[1, 2], help="pairs about one image"); ap.add_argument("--model", help="folder or hub name in place of the synthetic one"); ap.add_argument("--dtype", default="float32")
-    ap.add_argument("--gradient-checkpointing", action="store_true"); ap.add_argument("--out", help="where the figures go, as JSON")
+    for name, value in dict(layers=6, hidden=384, vocab=4000, grid=24, vision_layers=6, vision_hidden=128, question=24, answer=24, batch=4, repeats=5, epochs=2, lora=0).items():
+        ap.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    ap.add_argument("--questions", type=int, nargs="+", default=[1, 2], help="pairs about one image")
+    ap.add_argument("--model", help="folder or hub name in place of the synthetic one")
+    ap.add_argument("--dtype", default="float32")
+    ap.add_argument("--gradient-checkpointing", action="store_true")
+    ap.add_argument("--out", help="where the figures go, as JSON")
     ap.add_argument("--memory", choices=["trl", "pair", "tree"], help=argparse.SUPPRESS)
     args = ap.parse_args()
-    import datasets; datasets.disable_progress_bars()
+    import datasets
+    datasets.disable_progress_bars()
     from tita.core import run_info, write_json
     from tita.models import load_processor, load_vlm
-    if args.model: model, processor = load_vlm(args.model, args.dtype), load_processor(args.model)
-    else: model, processor = synthetic(args); model = model.to(getattr(torch, args.dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
-    if args.memory: return memory(args, model, processor)
+    if args.model:
+        model, processor = load_vlm(args.model, args.dtype), load_processor(args.model)
+    else:
+        model, processor = synthetic(args)
+        model = model.to(getattr(torch, args.dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
+    if args.memory:
+        return memory(args, model, processor)
     results = []
     for questions in args.questions:
         with tempfile.TemporaryDirectory() as folder:
             data, trainers = as_dataset(rows(args, questions)), {}
-            for kind in ("trl", "pair", "tree"): trainers[kind] = build(kind, args, model, processor, data, folder); trainers[kind].create_optimizer(); step(trainers[kind])
+            for kind in ("trl", "pair", "tree"):
+                trainers[kind] = build(kind, args, model, processor, data, folder)
+                trainers[kind].create_optimizer()
+                step(trainers[kind])
             times = {k: [] for k in trainers}
             for _ in range(args.repeats):
-                for k, t in trainers.items(): times[k].append(step(t))
+                for k, t in trainers.items():
+                    times[k].append(step(t))
             seconds = {k: statistics.median(x[not torch.cuda.is_available()] for x in v) for k, v in times.items()}
             once = {k: reference_pass(t) if k != "trl" else 0.0 for k, t in trainers.items()}
             work = {k: flops(t) + (reference_flops(t) / args.epochs if k != "trl" else 0) for k, t in trainers.items()}
@@ -144,18 +174,23 @@ def main():
             + f"; trees {row['speedup']['tree']:.2f}x over TRL (the count of operations: {row['bound']['tree']:.2f}x)"
             + (f"; attention to trees {costs(row)}" if row["attention_seconds"] else ""), flush=True)
     report = dict(settings={k: v for k, v in vars(args).items() if k not in ("out", "memory")}, time="wall" if torch.cuda.is_available() else "CPU", results=results, info=run_info(), load=os.getloadavg()[0])
-    if args.out: write_json(args.out, report); print(write_text(Path(args.out).with_suffix(".md"), table(report)))
+    if args.out:
+        write_json(args.out, report)
+        print(write_text(Path(args.out).with_suffix(".md"), table(report)))
 
 
 TARGETS = {1: 2.2, 2: 3.5}
 
 
-def costs(row): "What attention was measured to cost."; return ", ".join(f"{k} {v * 1e3:.2f} ms" for k, v in row["attention_seconds"].items())
+def costs(row):
+    "What attention was measured to cost."
+    return ", ".join(f"{k} {v * 1e3:.2f} ms" for k, v in row["attention_seconds"].items())
 
 
 def table(report):
     "The figures in Markdown."
-    s, info = report["settings"], report["info"]; names = dict(trl="TRL's DPOTrainer", pair="one tree a pair", tree="one tree an image")
+    s, info = report["settings"], report["info"]
+    names = dict(trl="TRL's DPOTrainer", pair="one tree a pair", tree="one tree an image")
     what = s["model"] or f"LLaVA of {s['layers']} layers, width {s['hidden']}, {s['grid'] ** 2} image tokens, a tower of {s['vision_layers']} layers, random weights"
     lines = ["# Training: pairs per second and memory against TRL", "", f"`python scripts/bench_train.py`: {what}; questions of {s['question']} tokens, answers of {s['answer']}; {s['batch']} pairs in a batch, {s['dtype']}"
         + (f", LoRA {s['lora']}" if s["lora"] else "") + f"; the same rows and model for all three, steps in turn, the median of {s['repeats']}. {report['time']} time" + (f", one thread, on a machine that other work loaded with {report['load']:.1f}" if report["time"] == "CPU" and report["load"] > 1.5 else "")
@@ -163,7 +198,8 @@ def table(report):
         "| pairs an image | trainer | pairs/s | over TRL | by the count of operations | target | peak memory, MiB |", "|---|---|---|---|---|---|---|"]
     for r in report["results"]:
         for k in names:
-            over, bound = (r["speedup"].get(k), r["bound"].get(k)) if k != "trl" else (None, None); target = TARGETS.get(r["questions"]) if k == "tree" else None
+            over, bound = (r["speedup"].get(k), r["bound"].get(k)) if k != "trl" else (None, None)
+            target = TARGETS.get(r["questions"]) if k == "tree" else None
             lines.append(f"| {r['questions']} | {names[k]} | {r['pairs_per_second'][k]:.2f} | " + " | ".join("" if v is None else f"{v:.2f}x" for v in (over, bound)) + f" | {'' if target is None else f'{target}x, ' + ('reached' if over >= target else 'not reached')} | {r['peak_mib'][k]:.0f} |")
     if measured := [f"with {r['questions']} an image {costs(r)}" for r in report["results"] if r["attention_seconds"]]:
         lines += ["", f"Attention to trees, all layers forward and backward with the mask (the faster was taken): {'; '.join(measured)}."]
@@ -174,13 +210,16 @@ def table(report):
 
 def reference_pass(trainer):
     "Seconds of the reference's log-probabilities and, with an empty cache, the tower for the same rows."
-    trainer.cache.kept.clear(); trainer.cache.bytes = 0
+    trainer.cache.kept.clear()
+    trainer.cache.bytes = 0
     batch = trainer._prepare_inputs(trainer.data_collator([dict(trainer.train_dataset[i]) for i in range(len(trainer.train_dataset))]))
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     t = clock()
     trainer.compute_ref_log_probs(trainer.model, batch)
-    if torch.cuda.is_available(): torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return clock() - t
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,8 @@ FROM = "markdown+autolink_bare_uris+emoji-latex_macros"  # Quarto's own reader i
 CALLOUTS = {f"callout-{k}" for k in ("note", "tip", "warning", "caution", "important")}
 CROSSREF = re.compile(r"(sec|fig|tbl|eq|lst|thm)-")
 
-def join(x): return x if isinstance(x, str) else "".join(x)
+def join(x):
+    return x if isinstance(x, str) else "".join(x)
 
 def to_markdown(
     notebook: dict, # a processed notebook
@@ -25,12 +26,17 @@ def to_markdown(
     "What Quarto would hand to pandoc: text as it is, code and printed output as blocks, markdown output as text."
     for cell in notebook["cells"]:
         text = join(cell["source"])
-        if cell["cell_type"] != "code": yield text; continue
+        if cell["cell_type"] != "code":
+            yield text
+            continue
         said = dict(re.findall(r"^#\|\s*([\w-]+):\s*(\S+)", text, re.M))
-        if "false" not in (said.get("echo"), said.get("include")): yield "```` python\n" + re.sub(r"^#\|.*\n?", "", text, flags=re.M) + "\n````"
+        if "false" not in (said.get("echo"), said.get("include")):
+            yield "```` python\n" + re.sub(r"^#\|.*\n?", "", text, flags=re.M) + "\n````"
         for data in (o.get("data", {}) for o in cell.get("outputs", [])):
-            if "text/markdown" in data: yield join(data["text/markdown"])
-            elif "text/plain" in data and "text/html" not in data: yield "````\n" + join(data["text/plain"]) + "\n````"
+            if "text/markdown" in data:
+                yield join(data["text/markdown"])
+            elif "text/plain" in data and "text/html" not in data:
+                yield "````\n" + join(data["text/plain"]) + "\n````"
 
 @dataclass
 class Page:
@@ -45,8 +51,10 @@ class Page:
 def walk(
     x, # a pandoc syntax tree
 ):  # yields its nodes
-    if isinstance(x, dict): yield x
-    for v in x.values() if isinstance(x, dict) else x if isinstance(x, list) else (): yield from walk(v)
+    if isinstance(x, dict):
+        yield x
+    for v in x.values() if isinstance(x, dict) else x if isinstance(x, list) else ():
+        yield from walk(v)
 
 def visit(
     page: Page, # filled here
@@ -54,12 +62,18 @@ def visit(
 ):
     "One node: its anchor, its link, its mistake."
     kind, c = node.get("t"), node.get("c")
-    if kind == "Header": page.ids.add(c[1][0])
-    elif kind in ("Div", "Span", "Code", "CodeBlock"): page.ids.add(c[0][0])
-    elif kind in ("Link", "Image"): page.links.append(c[2][0])
-    elif kind == "Cite": page.refs += [k["citationId"] for k in c[0]]
-    elif kind == "Str" and c.startswith(":::"): page.problems.append(f"a stray {c!r}: the div around it is not closed or not opened")
-    elif kind == "RawBlock" and c[0] == "html": page.ids.update(re.findall(r"\bid=[\"']([^\"']+)", c[1]))
+    if kind == "Header":
+        page.ids.add(c[1][0])
+    elif kind in ("Div", "Span", "Code", "CodeBlock"):
+        page.ids.add(c[0][0])
+    elif kind in ("Link", "Image"):
+        page.links.append(c[2][0])
+    elif kind == "Cite":
+        page.refs += [k["citationId"] for k in c[0]]
+    elif kind == "Str" and c.startswith(":::"):
+        page.problems.append(f"a stray {c!r}: the div around it is not closed or not opened")
+    elif kind == "RawBlock" and c[0] == "html":
+        page.ids.update(re.findall(r"\bid=[\"']([^\"']+)", c[1]))
     if kind == "Div" and any(k.startswith("callout-") for k in c[0][1]) and not CALLOUTS & set(c[0][1]):
         page.problems.append(f"an unknown callout {'.'.join(c[0][1])}")
 
@@ -69,14 +83,19 @@ def read_page(
 ) -> Page:
     "The page as pandoc reads it."
     page, text = Page(file.relative_to(root).as_posix()), file.read_text(encoding="utf-8")
-    if file.suffix == ".ipynb": text = "\n\n".join(to_markdown(json.loads(text)))
+    if file.suffix == ".ipynb":
+        text = "\n\n".join(to_markdown(json.loads(text)))
     run = subprocess.run([pypandoc.get_pandoc_path(), "-f", FROM, "-t", "json"], input=text, capture_output=True, text=True)
     page.problems += [l for l in run.stderr.splitlines() if l.strip()]
-    if run.returncode: page.problems.append(f"pandoc ended with {run.returncode}"); return page
+    if run.returncode:
+        page.problems.append(f"pandoc ended with {run.returncode}")
+        return page
     tree = json.loads(run.stdout)
-    for node in walk(tree["blocks"]): visit(page, node)
+    for node in walk(tree["blocks"]):
+        visit(page, node)
     named = tree["meta"].get("output-file", {}).get("c")
-    if "title" not in tree["meta"]: page.problems.append("no title: begin the notebook with `# name` and `> one line`")
+    if "title" not in tree["meta"]:
+        page.problems.append("no title: begin the notebook with `# name` and `> one line`")
     page.out = str(PurePosixPath(page.path).parent/(named[0]["c"] if named else PurePosixPath(page.path).with_suffix(".html").name))
     return page
 
@@ -86,7 +105,8 @@ def resolve(
     site: str, # address of the site
 ) -> str: # the page or file meant, relative to PROC_DIR
     "A link to the published site, from its root, or relative to the page."
-    if link.startswith(site): link = "/" + link[len(site):].lstrip("/")
+    if link.startswith(site):
+        link = "/" + link[len(site):].lstrip("/")
     parts = []
     for p in PurePosixPath(link.lstrip("/") if link.startswith("/") else PurePosixPath(here).parent/link).parts:
         parts = parts[:-1] if p == ".." and parts else [*parts, p]
@@ -101,23 +121,30 @@ def link_problems(
 ):  # yields problems
     "Links and cross-references that lead nowhere."
     for ref in page.refs:
-        if CROSSREF.match(ref) and ref not in page.ids: yield f"unresolved @{ref}"
+        if CROSSREF.match(ref) and ref not in page.ids:
+            yield f"unresolved @{ref}"
     for link in page.links:
-        if link.startswith("data:") or re.match(r"[a-z]+:", link) and not link.startswith(site): continue
+        if link.startswith("data:") or re.match(r"[a-z]+:", link) and not link.startswith(site):
+            continue
         path, _, anchor = link.partition("#")
         target = resolve(page.path, path, site) if path else page.path
-        if target in ("", "."): continue
+        if target in ("", "."):
+            continue
         if target in pages:
-            if anchor and anchor not in pages[target].ids: yield f"no anchor {link}"
-        elif not any((d/target).exists() for d in (root, source)): yield f"broken link {link}"
+            if anchor and anchor not in pages[target].ids:
+                yield f"no anchor {link}"
+        elif not any((d/target).exists() for d in (root, source)):
+            yield f"broken link {link}"
 
 def sidebar_pages(
     entries: list, # of the sidebar's `contents`
 ):  # yields paths
     for e in entries:
-        if isinstance(e, str): yield e
+        if isinstance(e, str):
+            yield e
         else:
-            if "href" in e: yield e["href"]
+            if "href" in e:
+                yield e["href"]
             yield from sidebar_pages(e.get("contents", []))
 
 def site_problems(
@@ -127,8 +154,10 @@ def site_problems(
     "_quarto.yml's files, and a sidebar that holds each page once."
     merged = yaml.safe_load((root/"_quarto.yml").read_text(encoding="utf-8"))
     for name in merged.get("metadata-files", []):
-        if not (root/name).exists(): yield f"_quarto.yml: {name} is missing"
-    if not (root/"sidebar.yml").exists(): return
+        if not (root/name).exists():
+            yield f"_quarto.yml: {name} is missing"
+    if not (root/"sidebar.yml").exists():
+        return
     listed = [*sidebar_pages(yaml.safe_load((root/"sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])]
     paths = {p.path for p in pages}
     yield from (f"sidebar.yml: {p} is no page" for p in sorted(set(listed) - paths))

@@ -27,7 +27,8 @@ def settings(
 ):  # its [DEFAULT] section
     "The settings, without nbdev: this script runs before anything is installed."
     config = ConfigParser(delimiters=["="])
-    if not config.read(path, encoding="utf-8"): sys.exit(f"error: {path} is missing")
+    if not config.read(path, encoding="utf-8"):
+        sys.exit(f"error: {path} is missing")
     return config["DEFAULT"]
 
 def compile_lock(
@@ -37,11 +38,13 @@ def compile_lock(
 ) -> list: # lines `name==version ; marker`, sorted by name
     "One resolution for all Pythons from `python` on; an older Python gets older versions where it must."
     uv = shutil.which("uv") or Path(sys.executable).with_name("uv")
-    if not Path(uv).exists(): sys.exit("error: uv is missing: pip install uv")
+    if not Path(uv).exists():
+        sys.exit("error: uv is missing: pip install uv")
     cmd = [str(uv), "pip", "compile", "-", "--universal", "--python-version", python, "--fork-strategy", "requires-python",
            "--no-python-downloads", "--no-annotate", "--no-header", "--no-emit-index-url", "--quiet", "-o", str(lock), *options]
     run = subprocess.run(cmd, input="\n".join(wanted), text=True)
-    if run.returncode: sys.exit("error: the lock is as it was; uv says above what does not fit")
+    if run.returncode:
+        sys.exit("error: the lock is as it was; uv says above what does not fit")
     return [l for l in lock.read_text().splitlines() if l and not l.startswith("#") and not outside.match(l)]
 
 def main():
@@ -57,4 +60,5 @@ def main():
     lock.write_text(text)
     print(f"{lock.name}: {len(lines)} lines, {'unchanged' if text == before else 'changed'}")
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -23,12 +23,15 @@ def join(
 def from_root(
     target: str, # as written in nbs/index.ipynb
 ) -> str: # the same place, seen from the root of the repository
-    "`11_augment.ipynb` is `nbs/11_augment.ipynb`, `../results/a.png` is `results/a.png`; addresses and anchors stay."
-    if re.match(r"([a-z][a-z0-9+.-]*:|#|/)", target): return target
+    "`../nbs/03_views.ipynb` is `nbs/03_views.ipynb`, `../results/a.png` is `results/a.png`; addresses and anchors stay."
+    if re.match(r"([a-z][a-z0-9+.-]*:|#|/)", target):
+        return target
     parts = []
     for p in (PurePosixPath("nbs")/target).parts:
-        if p == "..": parts = parts[:-1]
-        else: parts.append(p)
+        if p == "..":
+            parts = parts[:-1]
+        else:
+            parts.append(p)
     return "/".join(parts)
 
 def markdown(
@@ -51,23 +54,31 @@ def outputs(
     "Printed text and results. Images belong into results/, linked from a markdown cell: they would not survive as text."
     for o in cell.get("outputs", []):
         data = o.get("data", {})
-        if o["output_type"] == "error": raise ValueError(f"nbs/index.ipynb, cell {cell.get('id')}: it ended in an error ({o['ename']})")
-        if "text/markdown" in data: yield markdown(join(data["text/markdown"]))
+        if o["output_type"] == "error":
+            raise ValueError(f"nbs/index.ipynb, cell {cell.get('id')}: it ended in an error ({o['ename']})")
+        if "text/markdown" in data:
+            yield markdown(join(data["text/markdown"]))
         elif text := join(o.get("text", data.get("text/plain", ""))).strip("\n"):
-            if not text.startswith("<Figure"): yield fenced(text)
+            if not text.startswith("<Figure"):
+                yield fenced(text)
 
 def blocks(
     cell: dict, # of the notebook
 ):  # yields blocks of markdown
     "nbdev's directives `hide`, `echo: false`, `include: false`, `output: false` mean here what they mean in the docs."
     text = join(cell["source"])
-    if cell["cell_type"] == "markdown": yield markdown(text)
-    if cell["cell_type"] != "code": return
+    if cell["cell_type"] == "markdown":
+        yield markdown(text)
+    if cell["cell_type"] != "code":
+        return
     said = dict(DIRECTIVE.findall(text))
     off = {k for k, v in said.items() if v.strip().lower() == "false"}
-    if "hide" in said or "include" in off or "default_exp" in said: return
-    if not off & {"echo"} and "hide_input" not in said and (code := DIRECTIVE.sub("", text).strip()): yield fenced(code, "python")
-    if not off & {"output"} and "hide_output" not in said: yield from outputs(cell)
+    if "hide" in said or "include" in off or "default_exp" in said:
+        return
+    if not off & {"echo"} and "hide_input" not in said and (code := DIRECTIVE.sub("", text).strip()):
+        yield fenced(code, "python")
+    if not off & {"output"} and "hide_output" not in said:
+        yield from outputs(cell)
 
 def readme(
     notebook: Path, # nbs/index.ipynb
@@ -78,7 +89,10 @@ def readme(
 def main():
     text, path = readme(root/"nbs/index.ipynb"), root/"README.md"
     if "--check" in sys.argv[1:]:
-        if path.read_text(encoding="utf-8") != text: sys.exit("README.md is not what nbs/index.ipynb gives; run: python scripts/make_readme.py")
-    else: path.write_text(text, encoding="utf-8")
+        if path.read_text(encoding="utf-8") != text:
+            sys.exit("README.md is not what nbs/index.ipynb gives; run: python scripts/make_readme.py")
+    else:
+        path.write_text(text, encoding="utf-8")
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

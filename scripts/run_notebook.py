@@ -19,10 +19,13 @@ def value(
     text: str, # as typed
 ):  # a bool, None, an int, a float, or the text itself
     "The value of a `-p NAME VALUE`, read as papermill's own command line reads it."
-    if text in (names := {"True": True, "False": False, "None": None}): return names[text]
+    if text in (names := {"True": True, "False": False, "None": None}):
+        return names[text]
     for kind in (int, float):
-        try: return kind(text)
-        except ValueError: pass
+        try:
+            return kind(text)
+        except ValueError:
+            pass
     return text
 
 def parameters(
@@ -34,7 +37,8 @@ def parameters(
     found = {}
     for f in files:
         rows = yaml.safe_load(Path(f).read_text(encoding="utf-8")) or {}
-        if not isinstance(rows, dict): raise ValueError(f"{f}: a mapping of parameter names to values is needed")
+        if not isinstance(rows, dict):
+            raise ValueError(f"{f}: a mapping of parameter names to values is needed")
         found.update(rows)
     return {**found, **{name: value(text) for name, text in pairs}}
 
@@ -52,8 +56,10 @@ def explain(
     value: str, # its message
 ) -> tuple: # the text to show (None: show the traceback) and the exit code
     "What to tell about the error that ended the notebook."
-    if name in MISTAKES: return f"error: {value}", 2
-    if NO_SPACE in value: return f"error: the disk is full ({value}); make room and run the same command again, it goes on where it stopped", 2
+    if name in MISTAKES:
+        return f"error: {value}", 2
+    if NO_SPACE in value:
+        return f"error: the disk is full ({value}); make room and run the same command again, it goes on where it stopped", 2
     return None, 1
 
 @contextmanager
@@ -63,7 +69,8 @@ def kernel_stderr():
         ours, before = os.fdopen(os.dup(2), "w", buffering=1), sys.stderr
         os.dup2(raw.fileno(), 2)
         sys.stderr = ours
-        try: yield raw
+        try:
+            yield raw
         finally:
             os.dup2(ours.fileno(), 2)
             sys.stderr = before
@@ -84,7 +91,8 @@ def execute(
     import papermill
     from traitlets.config import Config
     logging.basicConfig(level="INFO", format="%(message)s")
-    for name in ("papermill", "traitlets", "asyncio"): logging.getLogger(name).addFilter(lambda r: not r.getMessage().startswith(CHATTER))
+    for name in ("papermill", "traitlets", "asyncio"):
+        logging.getLogger(name).addFilter(lambda r: not r.getMessage().startswith(CHATTER))
     papermill.execute_notebook(notebook, target, given, kernel_name="python3", log_output=True, progress_bar=True,
                                config=Config(KernelManager={"transport_encryption": "auto"}))
 
@@ -113,13 +121,18 @@ def main(
         check_names(a.notebook, given)
         Path(a.target).parent.mkdir(parents=True, exist_ok=True)
         with kernel_stderr() as raw:
-            try: execute(a.notebook, a.target, given)
-            except DeadKernelError: return tell(f"{tail(raw)}error: the notebook's process died, most likely for want of memory\n(what ran up to there: {a.target})", 138)
+            try:
+                execute(a.notebook, a.target, given)
+            except DeadKernelError:
+                return tell(f"{tail(raw)}error: the notebook's process died, most likely for want of memory\n(what ran up to there: {a.target})", 138)
     except PapermillExecutionError as e:
         text, code = explain(e.ename, e.evalue)
         return tell(f"{text or e}\n(what ran up to there: {a.target})", code)
-    except (PapermillException, OSError, ValueError) as e: return tell(f"error: {e}", 2)
-    except KeyboardInterrupt: return tell("interrupted; run the same command again to resume", 130)
+    except (PapermillException, OSError, ValueError) as e:
+        return tell(f"error: {e}", 2)
+    except KeyboardInterrupt:
+        return tell("interrupted; run the same command again to resume", 130)
     return 0
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,8 +10,8 @@ A seed that is there is not run again: killed and started again, it goes on.
 import argparse, json, os, subprocess, sys
 from pathlib import Path
 from tita.core import TitaError, cli, write_json, write_text
-from tita.metrics import METRICS
-from tita.report import SYSTEMS, results_table
+from tita.eval.metrics import METRICS
+from tita.show.report import SYSTEMS, results_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = [m for m in METRICS if m not in ("sign_accuracy", "number_accuracy")]
@@ -20,12 +20,14 @@ def run_seed(seed: int, scenes: int, runs: Path, given: list) -> dict:
     "One seed's metrics.json."
     out = runs/f"seed{seed}"
     command = [sys.executable, str(ROOT/"scripts"/"run_notebook.py"), str(ROOT/"nbs"/"runs"/"demo.ipynb"), str(out/"demo.ipynb"), "-p", "out", str(out), "-p", "seed", str(seed), "-p", "test_scenes", str(scenes), *(w for pair in given for w in ("-p", *pair))]
-    if not (out/"report.html").exists() and subprocess.run(command, cwd=ROOT).returncode: raise TitaError(f"seed {seed} failed, see {out}; run the same command again to go on")
+    if not (out/"report.html").exists() and subprocess.run(command, cwd=ROOT).returncode:
+        raise TitaError(f"seed {seed} failed, see {out}; run the same command again to go on")
     return json.loads((out/"metrics.json").read_text())
 
 def tables(found: dict) -> str:
     "Markdown: a table a seed, and the verdicts of the default form over seeds."
-    titles = {k: v[0] for k, v in SYSTEMS.items()}; parts = []
+    titles = {k: v[0] for k, v in SYSTEMS.items()}
+    parts = []
     for seed, m in found.items():
         parts += [f"## Seed {seed}", f"λ = {m['lam']:g} ({m['strong_lam']:g} for bounded guidance of the stronger model), chosen on {m['scenes']['valid']} validation scenes; {m['pairs']['pairs']} pairs from {m['scenes']['probe']} unlabelled scenes; {m['scenes']['test']} test scenes.", results_table(m, SHOWN, titles=titles)]
     run = next(iter(found.values()))["run"]
@@ -35,10 +37,15 @@ def tables(found: dict) -> str:
 @cli
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2]); p.add_argument("--out", type=Path, default=ROOT/"results"); p.add_argument("--scenes", type=int, default=1500); p.add_argument("--name", default="study_world", help="of the files in results/ and of the folder in runs/")
+    p.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2])
+    p.add_argument("--out", type=Path, default=ROOT/"results")
+    p.add_argument("--scenes", type=int, default=1500)
+    p.add_argument("--name", default="study_world", help="of the files in results/ and of the folder in runs/")
     p.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter of the notebook")
-    args = p.parse_args(); found = {seed: run_seed(seed, args.scenes, ROOT/"runs"/args.name, args.p) for seed in args.seed}
+    args = p.parse_args()
+    found = {seed: run_seed(seed, args.scenes, ROOT/"runs"/args.name, args.p) for seed in args.seed}
     write_json(args.out/f"{args.name}.json", {f"seed{s}": {k: v for k, v in m.items() if k != "settings"} for s, m in found.items()})
     print(write_text(args.out/f"{args.name}.md", tables(found)))
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ import contextlib
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from tita.graphs import Tape
+from tita.decode.graphs import Tape
 
 FAR = torch.device("meta")  # a device that every build of PyTorch knows
 
@@ -17,12 +17,18 @@ class FarTensor(torch.Tensor):
     "Numbers on the far device."
     __torch_function__ = torch._C._disabled_torch_function_impl
     @staticmethod
-    def __new__(cls, near): return torch.Tensor._make_wrapper_subclass(cls, near.size(), strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype, device=FAR, requires_grad=False)
-    def __init__(self, near): self.near = near
-    def tolist(self): waits("tolist"); return self.near.tolist()
-    def __repr__(self): return f"Far({self.near})"
+    def __new__(cls, near):
+        return torch.Tensor._make_wrapper_subclass(cls, near.size(), strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype, device=FAR, requires_grad=False)
+    def __init__(self, near):
+        self.near = near
+    def tolist(self):
+        waits("tolist")
+        return self.near.tolist()
+    def __repr__(self):
+        return f"Far({self.near})"
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return call(func, args, kwargs or {})
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return call(func, args, kwargs or {})
 
 
 class Waits:
@@ -30,7 +36,8 @@ class Waits:
     count, strict = 0, False
     def __call__(self, what):
         self.count += 1
-        if self.strict: raise AssertionError(f"the host waits: {what}")
+        if self.strict:
+            raise AssertionError(f"the host waits: {what}")
 
 waits = Waits()
 
@@ -38,28 +45,41 @@ waits = Waits()
 def call(func, args, kwargs):
     "Do it with the numbers, and say where the result is."
     name, leaves = func.overloadpacket.__name__, [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
-    far = [x for x in leaves if isinstance(x, FarTensor)]; moved = name in ("_to_copy", "to", "copy_"); at = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.device)), None)
+    far = [x for x in leaves if isinstance(x, FarTensor)]
+    moved = name in ("_to_copy", "to", "copy_")
+    at = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.device)), None)
     if far and not moved:
         free = tree_leaves(args[1]) if name.startswith("index") and len(args) > 1 else []
         for x in leaves:
-            if not isinstance(x, FarTensor) and x.ndim and not any(x is f for f in free): raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found {tuple(x.shape)} on the host")
+            if not isinstance(x, FarTensor) and x.ndim and not any(x is f for f in free):
+                raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found {tuple(x.shape)} on the host")
         for f in free:
-            if torch.is_tensor(f) and not isinstance(f, FarTensor): waits(f"{name} with an index from the host")
-            elif torch.is_tensor(f) and f.dtype == torch.bool: waits(f"{name} with a mask")
-    if name in Tape.host and far: waits(name)
+            if torch.is_tensor(f) and not isinstance(f, FarTensor):
+                waits(f"{name} with an index from the host")
+            elif torch.is_tensor(f) and f.dtype == torch.bool:
+                waits(f"{name} with a mask")
+    if name in Tape.host and far:
+        waits(name)
     there = bool(far) if at is None else at == FAR
-    if name in ("_to_copy", "to") and at is not None and there != bool(far): (there and (kwargs.get("non_blocking") or any(a is True for a in args))) or waits("a copy to the host" if far else "a copy from ordinary memory")
-    if name == "copy_": there = isinstance(args[0], FarTensor); isinstance(args[0], FarTensor) == isinstance(args[1], FarTensor) or (there and (kwargs.get("non_blocking") or len(args) > 2 and args[2])) or waits("a copy between devices")
-    wrapped = {id(x.near): x for x in far}; near = lambda x: x.near if isinstance(x, FarTensor) else torch.device("cpu") if isinstance(x, torch.device) else x
-    args, kwargs = tree_map(near, (args, kwargs)); out = func(*args, **kwargs)
-    if far and not there and moved: out = out.clone()  # on the host, not the same memory
+    if name in ("_to_copy", "to") and at is not None and there != bool(far):
+        (there and (kwargs.get("non_blocking") or any(a is True for a in args))) or waits("a copy to the host" if far else "a copy from ordinary memory")
+    if name == "copy_":
+        there = isinstance(args[0], FarTensor)
+        isinstance(args[0], FarTensor) == isinstance(args[1], FarTensor) or (there and (kwargs.get("non_blocking") or len(args) > 2 and args[2])) or waits("a copy between devices")
+    wrapped = {id(x.near): x for x in far}
+    near = lambda x: x.near if isinstance(x, FarTensor) else torch.device("cpu") if isinstance(x, torch.device) else x
+    args, kwargs = tree_map(near, (args, kwargs))
+    out = func(*args, **kwargs)
+    if far and not there and moved:
+        out = out.clone()  # on the host, not the same memory
     back = lambda x: wrapped[id(x)] if id(x) in wrapped else FarTensor(x) if there and torch.is_tensor(x) else x
     return tree_map(back, out)
 
 
 class Elsewhere(TorchDispatchMode):
     "Within it tensors can be made on the far device and moved there."
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None): return call(func, args, kwargs or {})
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return call(func, args, kwargs or {})
 
 
 @contextlib.contextmanager
@@ -69,9 +89,12 @@ def elsewhere(*models):
     try:
         with torch.inference_mode():
             far = {id(p): torch.nn.Parameter(FarTensor(p.detach()), requires_grad=False) if isinstance(p, torch.nn.Parameter) else FarTensor(p) for *_, p in kept}
-            for table, n, p in kept: table[n] = far[id(p)]
+            for table, n, p in kept:
+                table[n] = far[id(p)]
             torch.tensor = lambda *args, device=None, **kwargs: tensor(*args, **kwargs).to(device) if device is not None else tensor(*args, **kwargs)  # it would make memory there by itself
-            with Elsewhere(): yield
+            with Elsewhere():
+                yield
     finally:
         torch.tensor = tensor
-        for table, n, p in kept: table[n] = p
+        for table, n, p in kept:
+            table[n] = p

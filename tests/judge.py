@@ -16,29 +16,41 @@ BAD = "malformed", "schema", "refusal", "429", "500", "drop"
 class Judge(BaseHTTPRequestHandler):
     protocol_version, bad, rng = "HTTP/1.1", 0., random.Random(0)
 
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
     def send(self, status, body, **headers):
         data = json.dumps(body).encode()
         self.send_response(status)
-        for k, v in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items(): self.send_header(k.replace("_", "-"), v)
-        self.end_headers(); self.wfile.write(data)
+        for k, v in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+            self.send_header(k.replace("_", "-"), v)
+        self.end_headers()
+        self.wfile.write(data)
 
     def say(self, content, refusal=None):
         self.send(200, {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content, "refusal": refusal}}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        *pictures, text = body["messages"][0]["content"]; text = text["text"]
+        *pictures, text = body["messages"][0]["content"]
+        text = text["text"]
         mood = self.rng.choice(BAD) if self.rng.random() < self.bad else "good"
-        if "forbidden" in text: return self.say(None, "I would rather not.")
-        if mood == "drop": self.close_connection = True; return self.connection.close()
-        if mood == "429": return self.send(429, {"error": {"message": "slow down"}}, Retry_After="0.01")
-        if mood == "500": return self.send(500, {"error": {"message": "overloaded"}})
-        if mood == "refusal": return self.say(None, "I would rather not.")
+        if "forbidden" in text:
+            return self.say(None, "I would rather not.")
+        if mood == "drop":
+            self.close_connection = True
+            return self.connection.close()
+        if mood == "429":
+            return self.send(429, {"error": {"message": "slow down"}}, Retry_After="0.01")
+        if mood == "500":
+            return self.send(500, {"error": {"message": "overloaded"}})
+        if mood == "refusal":
+            return self.say(None, "I would rather not.")
         seen = hashlib.sha256(b"".join(base64.b64decode(p["image_url"]["url"].split(",")[1]) for p in pictures) + text.encode()).digest()[0]
-        if "Score each" not in text: return self.say("I cannot see the image" if mood != "good" else ("yes", "no")[seen % 2])
-        shown = re.findall(r"^Answer \d+:\n(.*)$", text, re.M); assert pictures, "a judge has to see the image"
+        if "Score each" not in text:
+            return self.say("I cannot see the image" if mood != "good" else ("yes", "no")[seen % 2])
+        shown = re.findall(r"^Answer \d+:\n(.*)$", text, re.M)
+        assert pictures, "a judge has to see the image"
         scores = {"scores": [{"answer": i, **{a: 7 if mood == "schema" else len(said) % 5 for a in ATTRIBUTES}} for i, said in enumerate(shown, 1)]}
         self.say(json.dumps(scores)[:-3 if mood == "malformed" else None])
 
@@ -47,13 +59,18 @@ class Judge(BaseHTTPRequestHandler):
 def judge(bad=0.):
     "Start it, give its address, end it."
     p = subprocess.Popen([sys.executable, __file__, str(bad)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try: yield p.stdout.readline().strip()
-    finally: p.stdin.close(); p.stdout.close(); p.wait()
+    try:
+        yield p.stdout.readline().strip()
+    finally:
+        p.stdin.close()
+        p.stdout.close()
+        p.wait()
 
 
 if __name__ == "__main__":
     Judge.bad = float(sys.argv[1])
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge); server.daemon_threads = True
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    server.daemon_threads = True
     print(f"http://127.0.0.1:{server.server_port}/v1", flush=True)
     threading.Thread(target=lambda: (sys.stdin.read(), server.shutdown()), daemon=True).start()
     server.serve_forever()

@@ -11,26 +11,35 @@ from pathlib import Path
 
 class Log(list):
     "A list that also writes what is appended to a file."
-    def __init__(self, path): super().__init__(); self.file = open(path, "a", buffering=1)
-    def append(self, entry): super().append(entry); self.file.write(json.dumps(entry) + "\n")
+    def __init__(self, path):
+        super().__init__()
+        self.file = open(path, "a", buffering=1)
+    def append(self, entry):
+        super().append(entry)
+        self.file.write(json.dumps(entry) + "\n")
 
 
 def main(config: str, log: str | None = None):
     from tita.core import read_jsonl
-    from tita.standin import Persona, StandIn, known_answers
+    from tita.api.standin import Persona, StandIn, known_answers
     config = json.loads(config)
-    if path := config.pop("answers", None): config["answers"] = known_answers(read_jsonl(path), Path(path).parent)
-    if "models" in config: config["models"] = {m: Persona(**p) for m, p in config["models"].items()}
+    if path := config.pop("answers", None):
+        config["answers"] = known_answers(read_jsonl(path), Path(path).parent)
+    if "models" in config:
+        config["models"] = {m: Persona(**p) for m, p in config["models"].items()}
     server = StandIn(**config)
-    if log: server.log = Log(log)
+    if log:
+        server.log = Log(log)
 
     async def serve():
         task = asyncio.create_task(server.serve(ready := threading.Event()))
-        while not ready.is_set(): await asyncio.sleep(.01)
+        while not ready.is_set():
+            await asyncio.sleep(.01)
         print(server.url, flush=True)
         loop = asyncio.get_running_loop()
         threading.Thread(target=lambda: (sys.stdin.buffer.read(), loop.call_soon_threadsafe(task.cancel)), daemon=True).start()
-        with contextlib.suppress(asyncio.CancelledError, asyncio.TimeoutError): await asyncio.wait_for(task, 600)
+        with contextlib.suppress(asyncio.CancelledError, asyncio.TimeoutError):
+            await asyncio.wait_for(task, 600)
     asyncio.run(serve())
 
 
@@ -40,12 +49,18 @@ def standin(log=None, **config):
     p = subprocess.Popen([sys.executable, __file__, json.dumps(config, default=str), *([str(log)] if log else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         cwd=Path(__file__).resolve().parent.parent)
     try:
-        if not (url := p.stdout.readline().strip()): raise RuntimeError("the stand-in server did not start")
+        if not (url := p.stdout.readline().strip()):
+            raise RuntimeError("the stand-in server did not start")
         yield url
     finally:
-        p.stdin.close(); p.stdout.close()
-        try: p.wait(10)
-        except subprocess.TimeoutExpired: p.kill(); p.wait()
+        p.stdin.close()
+        p.stdout.close()
+        try:
+            p.wait(10)
+        except subprocess.TimeoutExpired:
+            p.kill()
+            p.wait()
 
 
-if __name__ == "__main__": main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -7,17 +7,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from judge import judge
 
 ROOT, CANARY = Path(__file__).resolve().parent.parent, "sk-canary-7d20c4a91e55"
-MAIN = "from tita.data import main; main()"
+MAIN = "from tita.data.data_cli import main; main()"
 VIEWS = "clean", "diffusion-800"
 
 
-def env(**kw): return {**os.environ, "PYTHONPATH": str(ROOT), "TITA_PROGRESS": "0", **kw}
-def start(*args, **kw): return subprocess.Popen([sys.executable, "-c", MAIN, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env(**kw))
+def env(**kw):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "TITA_PROGRESS": "0", **kw}
+def start(*args, **kw):
+    return subprocess.Popen([sys.executable, "-c", MAIN, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env(**kw))
 
 
 def tita_data(*args, code=0, **kw):
     "Run a command to its end; what it said. There is no time limit: a loaded machine is no failure."
-    p = start(*args, **kw); out, err = p.communicate()
+    p = start(*args, **kw)
+    out, err = p.communicate()
     assert p.returncode == code, f"exit code {p.returncode}\n{out}\n{err}"
     assert "Traceback" not in err and CANARY not in out + err
     return out + err
@@ -26,7 +29,7 @@ def tita_data(*args, code=0, **kw):
 def inside(*args, code=0):
     "The same command in this process, where being one does not matter: no time for imports."
     from typer.testing import CliRunner
-    from tita.data import app
+    from tita.data.data_cli import app
     r = CliRunner().invoke(app, [str(a) for a in args])
     assert r.exit_code == code, f"exit code {r.exit_code}\n{r.output}\n{r.exception!r}"
     return r.output
@@ -37,26 +40,33 @@ def rows_of(path):
     return [json.loads(l) for l in Path(path).read_bytes().split(b"\n")[:-1]] if Path(path).exists() else []
 
 
-def key(r): return r["question_id"], r["view"], r.get("sample", 0)
-def by_key(rows): return {key(r): r for r in rows}
+def key(r):
+    return r["question_id"], r["view"], r.get("sample", 0)
+def by_key(rows):
+    return {key(r): r for r in rows}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     "A folder with 40 images, 120 questions (one image is damaged) and a tiny model that has learned nothing."
-    from tita.world import make_scenes, tiny_model, tiny_processor
-    root = tmp_path_factory.mktemp("world"); (root/"images").mkdir()
+    from tita.world.embedded import make_scenes, tiny_model, tiny_processor
+    root = tmp_path_factory.mktemp("world")
+    (root/"images").mkdir()
     with open(root/"questions.jsonl", "w") as f:
         for i, scene in enumerate(make_scenes(40, seed=8)):
             scene.image.save(root/f"images/{i}.png")
-            for k, q in enumerate(scene.questions[:3]): f.write(json.dumps(dict(question_id=f"{i}-{k}", image=f"{i}.png", text=q.text)) + "\n")
+            for k, q in enumerate(scene.questions[:3]):
+                f.write(json.dumps(dict(question_id=f"{i}-{k}", image=f"{i}.png", text=q.text)) + "\n")
     (root/"images/7.png").write_bytes((root/"images/7.png").read_bytes()[:200])
-    tiny_model(64, 2).save_pretrained(root/"model"); tiny_processor().save_pretrained(root/"model")
+    tiny_model(64, 2).save_pretrained(root/"model")
+    tiny_processor().save_pretrained(root/"model")
     return root
 
 
-def generating(world, out): return "generate", world/"questions.jsonl", "--images", world/"images", "--model", world/"model", "--out", out, "--max-new-tokens", 4
-def generate(world, out, *more, code=0): return inside(*generating(world, out), *more, code=code)
+def generating(world, out):
+    return "generate", world/"questions.jsonl", "--images", world/"images", "--model", world/"model", "--out", out, "--max-new-tokens", 4
+def generate(world, out, *more, code=0):
+    return inside(*generating(world, out), *more, code=code)
 
 
 ## Killed and started again
@@ -64,26 +74,33 @@ def generate(world, out, *more, code=0): return inside(*generating(world, out), 
 def test_twenty_kills_lose_and_repeat_nothing(world, tmp_path):
     import threading, torch
     from tqdm import tqdm
-    from tita.generate import generate_answers
+    from tita.data.answers import generate_answers
     from tita.models import load_processor, load_vlm
-    from tita.sources import read_questions
-    torch.set_num_threads(1); fork, rng = multiprocessing.get_context("fork"), random.Random()
+    from tita.data.sources import read_questions
+    torch.set_num_threads(1)
+    fork, rng = multiprocessing.get_context("fork"), random.Random()
     model, processor, questions = load_vlm(world/"model", dtype="float32"), load_processor(world/"model"), read_questions(world/"questions.jsonl")
 
     def answer(out):
         "Sampled answers in small batches, in a process that has nothing to import any more."
-        sys.stderr = open(os.devnull, "w"); tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared with forks, and a killed one may hold it
+        sys.stderr = open(os.devnull, "w")
+        tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared with forks, and a killed one may hold it
         generate_answers(model, processor, questions, world/"images", VIEWS, out, n=2, temperature=1.2, batch_size=3, max_new_tokens=4, seed=5)
 
-    def size(out): return out.stat().st_size if out.exists() else 0
+    def size(out):
+        return out.stat().st_size if out.exists() else 0
     def run(out, more=None):
         "Kill it a moment after it has written so many bytes more, if it is not done: was it killed?"
-        p, goal = fork.Process(target=answer, args=(out,)), size(out) + (more or 0); p.start()
+        p, goal = fork.Process(target=answer, args=(out,)), size(out) + (more or 0)
+        p.start()
         if more is not None:
-            while p.is_alive() and size(out) < goal: time.sleep(.001)
+            while p.is_alive() and size(out) < goal:
+                time.sleep(.001)
             time.sleep(rng.uniform(0, .01))
-        if killed := more is not None and p.is_alive(): os.kill(p.pid, signal.SIGKILL)
-        p.join(); assert killed or p.exitcode == 0
+        if killed := more is not None and p.is_alive():
+            os.kill(p.pid, signal.SIGKILL)
+        p.join()
+        assert killed or p.exitcode == 0
         return killed
 
     def check(out):
@@ -91,23 +108,34 @@ def test_twenty_kills_lose_and_repeat_nothing(world, tmp_path):
         assert len(rows) == len(by_key(rows)) == 39 * 3 * 2 * 2 and by_key(rows) == by_key(whole)
         assert len(failed) == len(by_key(failed)) == 3 * 2 * 2 and {r["image"] for r in failed} == {"7.png"} and "damaged" in failed[0]["error"]
 
-    run(tmp_path/"whole.jsonl"); whole = rows_of(tmp_path/"whole.jsonl"); check(tmp_path/"whole.jsonl")
+    run(tmp_path/"whole.jsonl")
+    whole = rows_of(tmp_path/"whole.jsonl")
+    check(tmp_path/"whole.jsonl")
     kills, sizes, files = 0, set(), [tmp_path/"killed0.jsonl"]
     while kills < 20: # at moments that depend on what is on the disk, not on how fast the machine is today
-        if run(files[-1], rng.uniform(0, 1) * size(tmp_path/"whole.jsonl") / 20): kills += 1; sizes.add(len(rows_of(files[-1])))
-        else: files.append(tmp_path/f"killed{len(files)}.jsonl")
-    if files[-1].exists(): run(files[-1])
-    for out in filter(Path.exists, files): check(out)
+        if run(files[-1], rng.uniform(0, 1) * size(tmp_path/"whole.jsonl") / 20):
+            kills += 1
+            sizes.add(len(rows_of(files[-1])))
+        else:
+            files.append(tmp_path/f"killed{len(files)}.jsonl")
+    if files[-1].exists():
+        run(files[-1])
+    for out in filter(Path.exists, files):
+        check(out)
     assert len(sizes) > 3, sizes
 
 
 def test_an_interrupted_command_says_how_to_go_on_and_resumes(world, tmp_path):
     out = tmp_path/"a.jsonl"
     p = start(*generating(world, out), "--batch-size", 1)
-    while len(rows_of(out)) < 3 and p.poll() is None: time.sleep(.01)
-    p.send_signal(signal.SIGINT); _, err = p.communicate(); done = rows_of(out)
+    while len(rows_of(out)) < 3 and p.poll() is None:
+        time.sleep(.01)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate()
+    done = rows_of(out)
     assert p.returncode == 130 and "run the same command again to resume" in err and "Traceback" not in err
-    with open(out, "ab") as f: f.write(b'{"question_id": "torn')  # what a kill or a full disk leaves
+    with open(out, "ab") as f:
+        f.write(b'{"question_id": "torn')  # what a kill or a full disk leaves
     told = generate(world, out, "--batch-size", 1, code=1)
     assert f"{len(done)} were there already, 6 failed" in told and "a.errors.jsonl" in told
     assert rows_of(out)[:len(done)] == done and len(by_key(rows_of(out))) == len(rows_of(out)) == 39 * 3 * 2
@@ -116,14 +144,17 @@ def test_an_interrupted_command_says_how_to_go_on_and_resumes(world, tmp_path):
 
 def test_two_processes_do_not_write_to_one_file(world, tmp_path):
     from tita.core import JsonlWriter
-    with JsonlWriter(tmp_path/"a.jsonl"): assert "another process is writing to it" in generate(world, tmp_path/"a.jsonl", code=2)
+    with JsonlWriter(tmp_path/"a.jsonl"):
+        assert "another process is writing to it" in generate(world, tmp_path/"a.jsonl", code=2)
 
 
 def test_shards_make_the_whole(world, tmp_path):
     from typer.testing import CliRunner
-    from tita.data import app
-    for i in range(2): CliRunner().invoke(app, [*map(str, generating(world, tmp_path/f"{i}.jsonl")), "--shard", f"{i}/2"])
-    generate(world, tmp_path/"all.jsonl", code=1); shards = [rows_of(tmp_path/f"{i}.jsonl") for i in range(2)]
+    from tita.data.data_cli import app
+    for i in range(2):
+        CliRunner().invoke(app, [*map(str, generating(world, tmp_path/f"{i}.jsonl")), "--shard", f"{i}/2"])
+    generate(world, tmp_path/"all.jsonl", code=1)
+    shards = [rows_of(tmp_path/f"{i}.jsonl") for i in range(2)]
     assert all(shards) and len(sum(shards, [])) == len(by_key(sum(shards, []))) and by_key(sum(shards, [])) == by_key(rows_of(tmp_path/"all.jsonl"))
 
 
@@ -137,15 +168,21 @@ def test_shards_make_the_whole(world, tmp_path):
 def test_a_bad_question_file_names_its_line(world, tmp_path, text, told):
     (tmp_path/"q.jsonl").write_text(text)
     for args in (["check", tmp_path/"q.jsonl", world/"images"], ["generate", tmp_path/"q.jsonl", "--images", world/"images", "--model", "none", "--out", tmp_path/"a.jsonl"]):
-        p = start(*args); out, err = p.communicate()
+        p = start(*args)
+        out, err = p.communicate()
         assert p.returncode in (1, 2) and str(tmp_path/"q.jsonl") in out + err and "Traceback" not in err
         assert told.split(": ", 1)[-1] in out + err and (told.split(":")[1] if told.startswith(":") else "") in out + err, out + err
 
 
 def test_every_bad_image_is_a_failed_row_and_the_rest_goes_on(world, tmp_path):
-    outside = tmp_path/"outside.png"; outside.write_bytes((world/"images/1.png").read_bytes())
-    images = tmp_path/"images"; images.mkdir(); (images/"good.jpg").write_bytes((world/"images/1.png").read_bytes())
-    (images/"link.png").symlink_to(outside); (images/"text.png").write_text("no"); Image.open(outside).convert("RGB").save(images/"cut.jpg")
+    outside = tmp_path/"outside.png"
+    outside.write_bytes((world/"images/1.png").read_bytes())
+    images = tmp_path/"images"
+    images.mkdir()
+    (images/"good.jpg").write_bytes((world/"images/1.png").read_bytes())
+    (images/"link.png").symlink_to(outside)
+    (images/"text.png").write_text("no")
+    Image.open(outside).convert("RGB").save(images/"cut.jpg")
     (images/"cut.jpg").write_bytes((images/"cut.jpg").read_bytes()[:-200])
     names = ["good", "good.png", "gone.png", "../outside.png", str(outside), "link.png", "cut.jpg", "text.png"]
     (tmp_path/"q.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(dict(question_id=i, image=n, text="Is there a cup in the image?")).encode() for i, n in enumerate(names)) + b"\r\n\r\n")
@@ -163,7 +200,8 @@ def test_mistakes_are_told_in_one_line(world, tmp_path):
     for args, told in [(["generate", q, *ask, "--model", tmp_path/"none"], "no such folder"), (["generate", q, *ask, "--model", "m", "--view", "fog"], "none of clean"),
                        (["generate", q, *ask, "--model", "m", "--engine", "openai", "--base-url", "http://127.0.0.1:9/v1", "--view", "diffusion-800"], "use 'pixel-diffusion-800'"),
                        (["questions", q, "--out", tmp_path/"x"], "no record of ocr_vqa"), (["pairs", q, "--images", world/"images", "--out", tmp_path/"x"], "no key 'answer'")]:
-        err = inside(*args, code=2); assert told in err and err.strip().splitlines()[-1].startswith("error: ")
+        err = inside(*args, code=2)
+        assert told in err and err.strip().splitlines()[-1].startswith("error: ")
 
 
 ## The same seed, the same file
@@ -179,7 +217,8 @@ def conversations(n):
 
 def test_questions_are_the_same_bytes_for_the_same_seed(tmp_path):
     (tmp_path/"mix.json").write_text(json.dumps(list(conversations(300))))
-    for name, seed in ("a", 0), ("b", 0), ("c", 1): tita_data("questions", tmp_path/"mix.json", "--out", tmp_path/name, "--source", "ocr_vqa=50", "--source", "textvqa=70", "--seed", seed)
+    for name, seed in ("a", 0), ("b", 0), ("c", 1):
+        tita_data("questions", tmp_path/"mix.json", "--out", tmp_path/name, "--source", "ocr_vqa=50", "--source", "textvqa=70", "--seed", seed)
     a, b, c = ((tmp_path/n).read_bytes() for n in "abc")
     assert a == b != c and len(a.splitlines()) == 50 * 2 + 70
 
@@ -188,14 +227,18 @@ def sevas_join(chosen, rejected):
     "What SeVa's step 3 does with two lists of (image, question, answer) in the same order, before it samples down."
     pairs = []
     for (image, question, good), (_, _, bad) in zip(chosen, rejected):
-        if good != bad: pairs.append({"chosen": good.replace("</s>", "").replace("\n", ""), "reject": bad.replace("</s>", "").replace("\n", ""), "question": question, "image_id": image + ".jpg"})
+        if good != bad:
+            pairs.append({"chosen": good.replace("</s>", "").replace("\n", ""), "reject": bad.replace("</s>", "").replace("\n", ""), "question": question, "image_id": image + ".jpg"})
     return pairs
 
 
 def test_sevas_own_files_give_sevas_pairs(world, tmp_path):
-    images = tmp_path/"images"; images.mkdir()
-    for i in range(35): Image.new("RGB", (8, 8), (i, 0, 0)).save(images/f"{i}.jpg")
-    rng = random.Random(3); said = ["Yes", "No", "No</s>", "a red\nbus", "a red bus", "", " two  buses</s>", "two buses"]
+    images = tmp_path/"images"
+    images.mkdir()
+    for i in range(35):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(images/f"{i}.jpg")
+    rng = random.Random(3)
+    said = ["Yes", "No", "No</s>", "a red\nbus", "a red bus", "", " two  buses</s>", "two buses"]
     asked = [(f"{i // 2}", f"What is in picture {i}?") for i in range(70)]
     sides = [[(image, q, rng.choice(said)) for image, q in asked] for _ in range(2)]
     for name, side in zip(("base", "noise"), sides):
@@ -213,13 +256,19 @@ def test_no_row_is_lost_to_a_bad_judge(world, tmp_path, monkeypatch):
     with judge(.6) as url:
         run = ["annotate", tmp_path/"answers.jsonl", "--images", world/"images", "--out", tmp_path/"scores.jsonl", "--model", "judge", "--base-url", url, "--retries", 3, "--pause", .01]
         p = start(*run, OPENAI_API_KEY=CANARY)
-        while len(rows_of(tmp_path/"scores.jsonl")) < 4 and p.poll() is None: time.sleep(.01)
-        p.send_signal(signal.SIGKILL); p.communicate(); scores = tmp_path/"scores.jsonl"
+        while len(rows_of(tmp_path/"scores.jsonl")) < 4 and p.poll() is None:
+            time.sleep(.01)
+        p.send_signal(signal.SIGKILL)
+        p.communicate()
+        scores = tmp_path/"scores.jsonl"
         monkeypatch.setenv("OPENAI_API_KEY", CANARY)
         for _ in range(8):
-            told = inside(*run, code=1); assert CANARY not in told; done, failed = rows_of(scores), rows_of(tmp_path/"scores.errors.jsonl")
+            told = inside(*run, code=1)
+            assert CANARY not in told
+            done, failed = rows_of(scores), rows_of(tmp_path/"scores.errors.jsonl")
             assert len(done) + len(failed) == 24 and not {r["question_id"] for r in done} & {r["question_id"] for r in failed}, told
-            if len(failed) == 1: break
+            if len(failed) == 1:
+                break
     assert [r["question_id"] for r in failed] == [11] and len({r["question_id"] for r in done}) == len(done) == 23
     assert [f["reason"] for f in failed[0]["failures"]] and "refused" in failed[0]["error"]
     reasons = " ".join(f["reason"] for r in done + failed for f in r.get("failures", []))
@@ -232,9 +281,12 @@ def test_a_server_answers_like_a_local_model_and_resumes(world, tmp_path):
     with judge(.3) as url:
         run = ["generate", world/"questions.jsonl", "--images", world/"images", "--out", tmp_path/"a.jsonl", "--engine", "openai", "--model", "m", "--base-url", url, "--view", "clean", "--view", "pixel-diffusion-800", "--view", "none"]
         for _ in range(6):
-            inside(*run, code=1); failed = rows_of(tmp_path/"a.errors.jsonl")
-            if {r["image"] for r in failed} == {"7.png"}: break
-    rows = rows_of(tmp_path/"a.jsonl"); assert len(rows) == len(by_key(rows)) == 39 * 3 * 2 + 40 * 3 and len(failed) == 6
+            inside(*run, code=1)
+            failed = rows_of(tmp_path/"a.errors.jsonl")
+            if {r["image"] for r in failed} == {"7.png"}:
+                break
+    rows = rows_of(tmp_path/"a.jsonl")
+    assert len(rows) == len(by_key(rows)) == 39 * 3 * 2 + 40 * 3 and len(failed) == 6
 
 
 def test_no_server(world, tmp_path):
@@ -246,14 +298,16 @@ def test_what_cannot_be_fused_is_recorded_and_the_rest_goes_on(world, tmp_path):
     rows = [dict(question_id=q, image=f"{q}.png", text="Is this forbidden?" if q == 3 else "Describe the image.", view=v, answer=f"{v} {q}") for q in range(6) for v in ("clean", "flip", "diffusion-800")]
     (tmp_path/"answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     run = ["pairs", tmp_path/"answers.jsonl", "--images", world/"images", "--method", "fused", "--fuse", "clean", "--fuse", "flip", "--model", "fuser", "--out", tmp_path/"set"]
-    with judge() as url: assert "1 questions could not be fused" in inside(*run, "--base-url", url, code=1)
+    with judge() as url:
+        assert "1 questions could not be fused" in inside(*run, "--base-url", url, code=1)
     pairs, failed = rows_of(tmp_path/"set/pairs.jsonl"), rows_of(tmp_path/"set/fused.errors.jsonl")
     assert {p["question_id"] for p in pairs} == {0, 1, 2, 4, 5} and {p["chosen"] for p in pairs} <= {"yes", "no"} and "refused" in failed[0]["error"] and [r["question_id"] for r in failed] == [3]
     assert "fuser" in (tmp_path/"set/README.md").read_text()
 
 
 def test_without_ray_its_engine_says_what_to_install(world, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None); monkeypatch.delitem(sys.modules, "ray.data", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "ray.data", raising=False)
     assert "pip install 'ray[data]'" in generate(world, tmp_path/"a.jsonl", "--engine", "ray", code=2)
 
 
@@ -261,15 +315,20 @@ def test_without_ray_its_engine_says_what_to_install(world, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("embed", [True, False])
 def test_datasets_reads_what_we_write(world, tmp_path, embed):
-    rows = [json.loads(l) for l in (world/"questions.jsonl").read_text().splitlines() if json.loads(l)["image"] != "7.png"]; (tmp_path/"q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rows = [json.loads(l) for l in (world/"questions.jsonl").read_text().splitlines() if json.loads(l)["image"] != "7.png"]
+    (tmp_path/"q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     inside("convert", tmp_path/"q.jsonl", tmp_path/"q.parquet", "--to", "parquet", "--images", world/"images", *(["--embed"] if embed else []))
     import datasets
     data = datasets.load_dataset("parquet", data_files=str(tmp_path/"q.parquet"), cache_dir=str(tmp_path/"cache"), split="train")
-    with Image.open(world/"images"/rows[5]["image"]) as im: assert data[5]["picture"].convert("RGB").tobytes() == im.convert("RGB").tobytes()
-    bytes_inside = data.cast_column("picture", datasets.Image(decode=False))[5]["picture"]["bytes"]; assert bool(bytes_inside) == embed
+    with Image.open(world/"images"/rows[5]["image"]) as im:
+        assert data[5]["picture"].convert("RGB").tobytes() == im.convert("RGB").tobytes()
+    bytes_inside = data.cast_column("picture", datasets.Image(decode=False))[5]["picture"]["bytes"]
+    assert bool(bytes_inside) == embed
     assert "rows 117  images 39  found 39" in inside("check", tmp_path/"q.parquet", world/"images")
-    inside("convert", tmp_path/"q.parquet", tmp_path/"back.jsonl", "--to", "jsonl"); assert rows_of(tmp_path/"back.jsonl") == rows
-    inside("generate", tmp_path/"q.parquet", "--images", world/"images", "--model", world/"model", "--out", tmp_path/"a.jsonl", "--view", "none", "--max-new-tokens", 1); assert len(rows_of(tmp_path/"a.jsonl")) == 117
+    inside("convert", tmp_path/"q.parquet", tmp_path/"back.jsonl", "--to", "jsonl")
+    assert rows_of(tmp_path/"back.jsonl") == rows
+    inside("generate", tmp_path/"q.parquet", "--images", world/"images", "--model", world/"model", "--out", tmp_path/"a.jsonl", "--view", "none", "--max-new-tokens", 1)
+    assert len(rows_of(tmp_path/"a.jsonl")) == 117
 
 
 def test_trl_trains_on_the_folder(world, tmp_path):
@@ -279,16 +338,18 @@ def test_trl_trains_on_the_folder(world, tmp_path):
     from datasets import load_from_disk
     from trl import DPOConfig, DPOTrainer
     from tita.models import load_processor, load_vlm
-    model, ref = load_vlm(world/"model", dtype="float32"), load_vlm(world/"model", dtype="float32"); before = model.lm_head.weight.clone()
+    model, ref = load_vlm(world/"model", dtype="float32"), load_vlm(world/"model", dtype="float32")
+    before = model.lm_head.weight.clone()
     args = DPOConfig(str(tmp_path/"run"), use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None, per_device_train_batch_size=4, max_steps=2, learning_rate=1e-3, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True)
-    trainer = DPOTrainer(model, ref, args, train_dataset=load_from_disk(tmp_path/"set/trl"), processing_class=load_processor(world/"model")); trainer.train()
+    trainer = DPOTrainer(model, ref, args, train_dataset=load_from_disk(tmp_path/"set/trl"), processing_class=load_processor(world/"model"))
+    trainer.train()
     assert not torch.equal(before, trainer.model.lm_head.weight.cpu()) and abs(trainer.state.log_history[0]["loss"] - .6931) < .01
 
 
 PEAK = """# the greatest memory of this process in MB; ru_maxrss would count that of the process which started it
 import sys
 from pathlib import Path
-from tita.data import main
+from tita.data.data_cli import main
 def peak():
     try: return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
     except OSError: import resource; return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20
@@ -297,14 +358,19 @@ finally: print("peak", peak(), file=sys.stderr)"""
 
 @pytest.mark.slow
 def test_a_200_mb_array_needs_little_memory(tmp_path):
-    record = next(conversations(1)); text = json.dumps(record["conversations"]); n = 0
+    record = next(conversations(1))
+    text = json.dumps(record["conversations"])
+    n = 0
     with open(tmp_path/"mix.json", "w") as f:
         f.write("[")
         while f.tell() < 200e6:
-            for _ in range(1000): f.write(f'{", " if n else ""}{{"id": "{n}", "image": "{("ocr_vqa/images", "textvqa/train_images", "gqa/images")[n % 3]}/{n % 100}.jpg", "conversations": {text}}}'); n += 1
+            for _ in range(1000):
+                f.write(f'{", " if n else ""}{{"id": "{n}", "image": "{("ocr_vqa/images", "textvqa/train_images", "gqa/images")[n % 3]}/{n % 100}.jpg", "conversations": {text}}}')
+                n += 1
         f.write("]")
     (tmp_path/"images").mkdir()
-    for i in range(100): Image.new("RGB", (8, 8)).save(tmp_path/f"images/{i}.jpg")
+    for i in range(100):
+        Image.new("RGB", (8, 8)).save(tmp_path/f"images/{i}.jpg")
     for args in ["questions", tmp_path/"mix.json", "--out", tmp_path/"q.jsonl"], ["check", tmp_path/"mix.json", tmp_path/"images"]:
         r = subprocess.run([sys.executable, "-c", PEAK, *map(str, args)], capture_output=True, text=True, env=env())
         assert r.returncode == 0 and int(r.stderr.split()[-1]) < 400, r.stdout[-300:] + r.stderr[-2000:]
@@ -376,9 +442,10 @@ def qwen2_vl(processor):
 @pytest.mark.parametrize("build", [llava_next, qwen2_vl])
 def test_features_computed_once_answer_like_pixels(build, monkeypatch):
     import torch
-    from tita import generate as g
-    from tita.world import make_scenes, tiny_processor
-    torch.manual_seed(0); model, processor = build(tiny_processor())
+    from tita.data import answers as g
+    from tita.world.embedded import make_scenes, tiny_processor
+    torch.manual_seed(0)
+    model, processor = build(tiny_processor())
     images = {f"{i}.png": s.image.resize(size) for i, (s, size) in enumerate(zip(make_scenes(4), ((80, 80), (160, 60), (40, 100), (90, 90))))}
     questions = [dict(question_id=f"{n}-{k}", image=n, text=t) for n in images for k, t in enumerate(("Is there a boat in the image?", "Describe the image."))]
     features = g.chunk_features(g.LocalEngine(model, processor, images, sorted(images)), g.prepare_views(processor, images, VIEWS)[0])

@@ -2,28 +2,32 @@
 import copy, itertools, json, os, subprocess, sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1"); os.environ.setdefault("TITA_PROGRESS", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TITA_PROGRESS", "0")
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from tita import engine
-from tita.augment import diffusion_noise
-from tita.decode import AlignedDecoder
-from tita.guidance import Guidance, token_rewards
+from tita.decode import engine
+from tita.views import diffusion_noise
+from tita.decode.decoder import AlignedDecoder
+from tita.decode.guidance import Guidance, token_rewards
 from tita.models import chat_prompt
-from tita.world import load_models, make_scenes, tiny_model, tiny_processor
+from tita.world.embedded import load_models, make_scenes, tiny_model, tiny_processor
 
 torch.set_num_threads(1)
-PROCESSOR = tiny_processor(); TOKENIZER = PROCESSOR.tokenizer; IMAGE = TOKENIZER.convert_tokens_to_ids("<image>")
+PROCESSOR = tiny_processor()
+TOKENIZER = PROCESSOR.tokenizer
+IMAGE = TOKENIZER.convert_tokens_to_ids("<image>")
 
 
 def enliven(model, seed, std=.13, image_token=IMAGE):
     "Larger random weights, so that answers vary; never an image token."
     g = torch.Generator().manual_seed(seed)
     for p in model.parameters():
-        if p.ndim > 1: torch.nn.init.normal_(p, std=std, generator=g)
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=std, generator=g)
     model.lm_head.weight.data[image_token] = 0
     return model.eval()
 
@@ -32,25 +36,31 @@ def near(model, share, seed=9):
     "A model that often agrees."
     out, g = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     for p in out.get_decoder().parameters():
-        if p.ndim > 1: p.data += share * p.std() * torch.randn(p.shape, generator=g)
+        if p.ndim > 1:
+            p.data += share * p.std() * torch.randn(p.shape, generator=g)
     return out
 
 
 @torch.no_grad()
 def recompute(models, guidance, inputs, n, noise=None):
     "Aligned decoding from its definition: every model over the whole text for each token."
-    ids = inputs["input_ids"]; length, rewards = ids.shape[1], []
+    ids = inputs["input_ids"]
+    length, rewards = ids.shape[1], []
     rest = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")}
     while len(rewards) < n and (not rewards or ids[0, -1] != 2):
         logits = []
         for i, m in enumerate(models):
             x = dict(rest, **({"mm_token_type_ids": (ids == IMAGE).int()} if "image_grid_thw" in rest else {}))
-            if noise == i: x["pixel_values"] = diffusion_noise(x["pixel_values"], 500, seeds=[0])
-            if hasattr(m.model, "rope_deltas"): m.model.rope_deltas = None
+            if noise == i:
+                x["pixel_values"] = diffusion_noise(x["pixel_values"], 500, seeds=[0])
+            if hasattr(m.model, "rope_deltas"):
+                m.model.rope_deltas = None
             logits.append(m(input_ids=ids, **x).logits[:, -1])
         r = 0 if guidance.form == "contrast" else 1
         scores, d = guidance(logits[0], logits[1:1 + r], logits[1 + r:])
-        new = scores.argmax(-1); rewards.append(token_rewards(d, new).item()); ids = torch.cat([ids, new[:, None]], 1)
+        new = scores.argmax(-1)
+        rewards.append(token_rewards(d, new).item())
+        ids = torch.cat([ids, new[:, None]], 1)
     return ids[0, length:].tolist(), rewards
 
 
@@ -58,21 +68,27 @@ def recompute(models, guidance, inputs, n, noise=None):
 
 class HandProcessor:
     chat_template = "see apply_chat_template"
-    def __init__(self, family): self.family, self.tokenizer = family, TOKENIZER
-    def apply_chat_template(self, *args, **kwargs): return PROCESSOR.apply_chat_template(*args, **kwargs)
+    def __init__(self, family):
+        self.family, self.tokenizer = family, TOKENIZER
+    def apply_chat_template(self, *args, **kwargs):
+        return PROCESSOR.apply_chat_template(*args, **kwargs)
 
     def pixels(self, image):
         x = torch.from_numpy(np.array(image)).float() / 127.5 - 1
-        if self.family == "internvl": return [t.permute(2, 0, 1) for t in (x[:32, :32], x[-32:, -32:])][:1 + (image.size[0] > 40)], None
-        h, w = x.shape[0] // 16 * 2, x.shape[1] // 16 * 2; x = x[:h * 8, :w * 8].reshape(h, 8, w, 8, 3).permute(0, 2, 4, 1, 3)
+        if self.family == "internvl":
+            return [t.permute(2, 0, 1) for t in (x[:32, :32], x[-32:, -32:])][:1 + (image.size[0] > 40)], None
+        h, w = x.shape[0] // 16 * 2, x.shape[1] // 16 * 2
+        x = x[:h * 8, :w * 8].reshape(h, 8, w, 8, 3).permute(0, 2, 4, 1, 3)
         return x.reshape(h * w, 3, 1, 64).expand(-1, -1, 2, -1).reshape(h * w, -1), [1, h, w]
 
     def __call__(self, text, images, return_tensors="pt", padding=False, add_special_tokens=True):
         images, text = [images] if isinstance(images, Image.Image) else list(images), [text] if isinstance(text, str) else text
-        px, grid = zip(*map(self.pixels, images)); inter = self.family == "internvl"
+        px, grid = zip(*map(self.pixels, images))
+        inter = self.family == "internvl"
         run = iter(["USER:" + "<image>" * 4 * len(p) + "ASSISTANT:" for p in px] if inter else ["USER:" + "<image>" * (h * w // 4) for _, h, w in grid])  # a token between two images, as Qwen has
         text = ["".join(part + (next(run) if i else "") for i, part in reversed(list(enumerate(reversed(t.split("<image>")))))) for t in text]
-        out = dict(self.tokenizer(text, return_tensors="pt", padding=padding)); out["mm_token_type_ids"] = (out["input_ids"] == IMAGE).int()
+        out = dict(self.tokenizer(text, return_tensors="pt", padding=padding))
+        out["mm_token_type_ids"] = (out["input_ids"] == IMAGE).int()
         return dict(out, pixel_values=torch.stack([t for p in px for t in p])) if inter else dict(out, pixel_values=torch.cat(px), image_grid_thw=torch.tensor(grid))
 
 
@@ -97,14 +113,19 @@ def family(name, layers, seed):
 @pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl", "internvl"])
 def test_families(name):
     "Images of several sizes, several questions on one, several images in one; alone, batched, refilled, drafted."
-    base, processor = family(name, 3, 0), HandProcessor(name); reward, ref = near(base, .05), near(base, .1)
-    a, b, c = (s.image for s in make_scenes(3)); images = [a, a, b.resize((48, 64)), c.resize((32, 32)), b.resize((48, 64)), [a, c.resize((48, 32))]]; images[4] = images[2]
+    base, processor = family(name, 3, 0), HandProcessor(name)
+    reward, ref = near(base, .05), near(base, .1)
+    a, b, c = (s.image for s in make_scenes(3))
+    images = [a, a, b.resize((48, 64)), c.resize((32, 32)), b.resize((48, 64)), [a, c.resize((48, 32))]]
+    images[4] = images[2]
     questions = ["Is there a ball in the image?", "Describe the image.", "What color is the star?", "Is there a ball in the image?", "How many cup icons are there?", "Which has a cup?"]
     inputs = [processor(chat_prompt(processor, q, len(i) if isinstance(i, list) else 1), i) for q, i in zip(questions, images)]
     alone = AlignedDecoder(base, processor=processor).generate(images, questions, max_new_tokens=8)
     for o, x in zip(alone, inputs):
-        if name == "internvl": x.pop("mm_token_type_ids")
-        if hasattr(base.model, "rope_deltas"): base.model.rope_deltas = None
+        if name == "internvl":
+            x.pop("mm_token_type_ids")
+        if hasattr(base.model, "rope_deltas"):
+            base.model.rope_deltas = None
         assert o.tokens == base.generate(**x, max_new_tokens=8, do_sample=False)[0, x["input_ids"].shape[1]:].tolist()
     for slots, draft in ((None, 0), (2, 0), (2, 3)):
         d = AlignedDecoder(base, reward, processor, ref, lam=2., slots=slots)
@@ -116,7 +137,8 @@ def test_families(name):
 
 # Greedy: three ways, the same tokens.
 
-BASE = enliven(tiny_model(32, 3), 0); REWARD, REF = near(BASE, .05, 1), near(BASE, .08, 2)
+BASE = enliven(tiny_model(32, 3), 0)
+REWARD, REF = near(BASE, .05, 1), near(BASE, .08, 2)
 FORMS = dict(interpolate=[BASE, REWARD], ratio=[BASE, REWARD, REF], arm=[BASE, REWARD], contrast=[BASE, BASE])
 
 
@@ -141,11 +163,13 @@ def check_grid(n, forms, batches, new):
             assert got == want, (form, batch, draft)
 
 
-def test_greedy_small(): check_grid(6, ["ratio", "contrast"], (1, 4), 6)
+def test_greedy_small():
+    check_grid(6, ["ratio", "contrast"], (1, 4), 6)
 
 
 @pytest.mark.slow
-def test_greedy_grid(): check_grid(200, list(FORMS), (1, 8), 12)
+def test_greedy_grid():
+    check_grid(200, list(FORMS), (1, 8), 12)
 
 
 def test_bound_settles_nothing_wrongly():
@@ -164,7 +188,8 @@ def ten_words():
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
     words = ["<pad>", "<s>", "</s>", "<image>", "a", "b", "c", "d", "e", "f"]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>")); core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens([AddedToken(w, lstrip=True, rstrip=True) for w in words[:4]])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens={"image_token": "<image>"})
     template = "<s> {% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
@@ -179,11 +204,17 @@ def ten_words():
 @torch.no_grad()
 def joint(models, processor, guidance, image, question, seed):
     "Probabilities of all 10 x 10 x 10 answers; `seed` is of the noise of `contrast`, which `generate` takes from its own."
-    x = processor(text=chat_prompt(processor, question), images=image, return_tensors="pt"); n = x["input_ids"].shape[1]
-    answers = torch.tensor(list(itertools.product(range(10), repeat=3))); ids = torch.cat([x["input_ids"].expand(1000, -1), answers], 1); logits = []
+    x = processor(text=chat_prompt(processor, question), images=image, return_tensors="pt")
+    n = x["input_ids"].shape[1]
+    answers = torch.tensor(list(itertools.product(range(10), repeat=3)))
+    ids = torch.cat([x["input_ids"].expand(1000, -1), answers], 1)
+    logits = []
     for i, m in enumerate(models):
         px = diffusion_noise(x["pixel_values"], 500, seeds=[seed]) if guidance.form == "contrast" and i == 1 else x["pixel_values"]
-        feats = torch.cat(m.get_image_features(px).pooler_output); e = m.get_input_embeddings()(ids); at = (ids == 3) & (torch.arange(ids.shape[1]) < n); e[at] = feats.repeat(1000, 1)
+        feats = torch.cat(m.get_image_features(px).pooler_output)
+        e = m.get_input_embeddings()(ids)
+        at = (ids == 3) & (torch.arange(ids.shape[1]) < n)
+        e[at] = feats.repeat(1000, 1)
         logits.append(m.lm_head(m.model.language_model(inputs_embeds=e).last_hidden_state)[:, n - 1:-1])
     r = 0 if guidance.form == "contrast" else 1
     scores, _ = guidance(logits[0], logits[1:1 + r], logits[1 + r:])
@@ -193,14 +224,19 @@ def joint(models, processor, guidance, image, question, seed):
 def p_value(outputs, p):
     "Chi-square of the drawn answers; cells with less than five expected are pooled."
     from scipy.stats import chi2
-    seen = torch.tensor([100 * o.tokens[0] + 10 * o.tokens[1] + o.tokens[2] for o in outputs]).bincount(minlength=1000).double(); want = p * len(outputs); rare = want < 5
+    seen = torch.tensor([100 * o.tokens[0] + 10 * o.tokens[1] + o.tokens[2] for o in outputs]).bincount(minlength=1000).double()
+    want = p * len(outputs)
+    rare = want < 5
     seen, want = torch.cat([seen[~rare], seen[rare].sum()[None]]), torch.cat([want[~rare], want[rare].sum()[None]])
-    keep = want > 0; return float(chi2.sf(((seen - want)[keep]**2 / want[keep]).sum(), int(keep.sum()) - 1))
+    keep = want > 0
+    return float(chi2.sf(((seen - want)[keep]**2 / want[keep]).sum(), int(keep.sum()) - 1))
 
 
 def law(form, draft, n, slots=None, seed=1):
     "p-values of two questions of different length, drawn side by side."
-    (base, reward, ref), processor = ten_words(); image = make_scenes(1)[0].image.resize((16, 16)); questions = ["a b", "c d e f a"]
+    (base, reward, ref), processor = ten_words()
+    image = make_scenes(1)[0].image.resize((16, 16))
+    questions = ["a b", "c d e f a"]
     d = AlignedDecoder(base, None if form == "contrast" else reward, processor, ref if form == "ratio" else None, form=form, lam=.6, slots=slots)
     out = d.generate(image, questions, n=n, max_new_tokens=3, temperature=1., eos=[], draft=draft, seed=seed)
     models = dict(interpolate=[base, reward], ratio=[base, reward, ref], arm=[base, reward], contrast=[base, base])[form]
@@ -214,7 +250,8 @@ def test_law_of_samples():
 @pytest.mark.slow
 @pytest.mark.parametrize("form", list(FORMS))
 def test_law_of_samples_all(form):
-    for draft in (0, 1, 3): assert min(law(form, draft, 20000)) > 1e-4, draft
+    for draft in (0, 1, 3):
+        assert min(law(form, draft, 20000)) > 1e-4, draft
 
 
 def test_law_without_residual_fails(monkeypatch):
@@ -236,14 +273,16 @@ ALONE = {}
 
 def alone(form, bound, row, how):
     key = form, bound, row, json.dumps(how, sort_keys=True)
-    if key not in ALONE: ALONE[key] = decoder(form, bound=bound).generate([SCENES[row[0]]], [QUESTIONS[row[1]]], draft=0, **how)[0]
+    if key not in ALONE:
+        ALONE[key] = decoder(form, bound=bound).generate([SCENES[row[0]]], [QUESTIONS[row[1]]], draft=0, **how)[0]
     return ALONE[key]
 
 
 @settings(max_examples=int(os.environ.get("TITA_EXAMPLES", 25)), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(["ratio", "interpolate", "arm"]), st.sampled_from([None, .3]), st.lists(rows, min_size=1, max_size=8), hows, st.integers(1, 5), st.sampled_from([0, 1, 2, 5, "auto", "lazy"]), st.sampled_from([0., .25, 1.]))
 def test_rows_are_independent(form, bound, asked, how, slots, draft, refill):
-    d = decoder(form, bound=bound, slots=slots); make = d.engine
+    d = decoder(form, bound=bound, slots=slots)
+    make = d.engine
     d.engine = lambda *a, **k: make(*a, **{**k, "refill": refill})
     got = d.generate([SCENES[i] for i, _ in asked], [QUESTIONS[j] for _, j in asked], draft=draft if bound or draft != "lazy" else 0, errors="row", **how)
     for row, o in zip(asked, got):
@@ -255,23 +294,28 @@ def test_rows_are_independent(form, bound, asked, how, slots, draft, refill):
 @pytest.mark.slow
 def test_bfloat16(capsys):
     "bfloat16 rounds differently in blocks of different size: how often that changes an answer, and how close the call was."
-    models = [copy.deepcopy(m).bfloat16() for m in (BASE, REWARD, REF)]; images, questions = prompts(60, seed=5)
+    models = [copy.deepcopy(m).bfloat16() for m in (BASE, REWARD, REF)]
+    images, questions = prompts(60, seed=5)
     d = AlignedDecoder(models[0], models[1], PROCESSOR, models[2], lam=.8)
-    a, b = (d.generate(images, questions, max_new_tokens=12, draft=k) for k in (0, 3)); same = [x.tokens == y.tokens for x, y in zip(a, b)]
-    with capsys.disabled(): print(f"\nbfloat16: {sum(same)} of {len(same)} answers equal with and without draft")
+    a, b = (d.generate(images, questions, max_new_tokens=12, draft=k) for k in (0, 3))
+    same = [x.tokens == y.tokens for x, y in zip(a, b)]
+    with capsys.disabled():
+        print(f"\nbfloat16: {sum(same)} of {len(same)} answers equal with and without draft")
     assert sum(same) >= .8 * len(same)
 
 
 # The command line.
 
 def ask(*args, **env):
-    return subprocess.run([sys.executable, "-c", "from tita.ask import main; main()", *map(str, args)], capture_output=True, text=True, env={**os.environ, **env}, cwd=Path(__file__).parent.parent)
+    return subprocess.run([sys.executable, "-c", "from tita.decode.ask import main; main()", *map(str, args)], capture_output=True, text=True, env={**os.environ, **env}, cwd=Path(__file__).parent.parent)
 
 
 def test_ask(tmp_path):
     make_scenes(1)[0].image.save(tmp_path/"scene.png")
-    for name, m in dict(base=BASE, reward=REWARD).items(): m.save_pretrained(tmp_path/name)
-    PROCESSOR.save_pretrained(tmp_path/"base"); models = "--base", tmp_path/"base", "--reward", tmp_path/"reward"
+    for name, m in dict(base=BASE, reward=REWARD).items():
+        m.save_pretrained(tmp_path/name)
+    PROCESSOR.save_pretrained(tmp_path/"base")
+    models = "--base", tmp_path/"base", "--reward", tmp_path/"reward"
     run = ask(tmp_path/"scene.png", "Describe the image.", *models, "--max-new-tokens", 5, "--json")
     assert run.returncode == 0 and json.loads(run.stdout)["aligned"]["tokens"], run.stderr
     run = ask(tmp_path/"gone.png", "Describe the image.", *models)
@@ -284,7 +328,8 @@ def test_ask(tmp_path):
 
 ROOT = Path(__file__).parent.parent
 
-def script(*args): return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT)
+def script(*args):
+    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.slow
@@ -302,8 +347,10 @@ def test_run_notebook(tmp_path):
 def test_bench(tmp_path):
     run = script("scripts/bench_decode.py", "--rounds", 1, "--seconds", 0, "--scenes", 2, "--batch", "1,2", "--prompt", "0,64", "--new", 4, "--out", tmp_path/"speed")
     assert run.returncode == 0, run.stderr[-2000:]
-    said = json.loads((tmp_path/"speed.json").read_text()); assert len(said["cases"]) == 4 and len(said["targets"]) == 4
-    for c in said["cases"]: assert {"base only", "cached processor", "full-prefix processor", "ours, draft 0", "ours, lazy", "ours, auto"} <= set(c["ways"]) and all(w["tokens_per_s"] > 0 for w in c["ways"].values())
+    said = json.loads((tmp_path/"speed.json").read_text())
+    assert len(said["cases"]) == 4 and len(said["targets"]) == 4
+    for c in said["cases"]:
+        assert {"base only", "cached processor", "full-prefix processor", "ours, draft 0", "ours, lazy", "ours, auto"} <= set(c["ways"]) and all(w["tokens_per_s"] > 0 for w in c["ways"].values())
     assert "| batch 2, prompt of 64, 4 new tokens |" in (tmp_path/"speed.md").read_text()
 
 
@@ -312,6 +359,8 @@ def test_bench_of_a_shape(tmp_path):
     "Random weights, drafts accepted by lot, times of the floor that memory sets."
     run = script("scripts/bench_decode.py", "--shape", "tiny/tiny", "--dtype", "bfloat16", "--acceptance", .8, "--rounds", 1, "--seconds", 0, "--prompt", "64", "--new", 60, "--out", tmp_path/"speed")
     assert run.returncode == 0, run.stderr[-2000:]
-    said = json.loads((tmp_path/"speed.json").read_text()); ways = said["cases"][0]["ways"]; one = ways["ours, base only"]
+    said = json.loads((tmp_path/"speed.json").read_text())
+    ways = said["cases"][0]["ways"]
+    one = ways["ours, base only"]
     assert one["floors"] == pytest.approx(said["args"]["bandwidth"] / (one["bytes_per_token"] * one["tokens_per_s"])) and 0 < ways["ours, draft 4"]["acceptance"] < 1
     assert "A large copy moves" in (tmp_path/"speed.md").read_text() and "times the floor" in (tmp_path/"speed.md").read_text()

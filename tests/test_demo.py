@@ -17,16 +17,22 @@ def demo(out, *params):
 def mine(tmp_path_factory):
     "A tiny random LLaVA and reward in folders, photographs, and a question file about them."
     import skimage.data
-    from tita.world import tiny_pair
-    folder = tmp_path_factory.mktemp("mine"); base, reward, processor = tiny_pair()
-    for name, model in (("base", base), ("reward", reward)): model.save_pretrained(folder/name); processor.save_pretrained(folder/name)
+    from tita.world.embedded import tiny_pair
+    folder = tmp_path_factory.mktemp("mine")
+    base, reward, processor = tiny_pair()
+    for name, model in (("base", base), ("reward", reward)):
+        model.save_pretrained(folder/name)
+        processor.save_pretrained(folder/name)
     photos = sorted(p.name for p in Path(skimage.data.__file__).parent.iterdir() if p.suffix in (".png", ".jpg"))
     (folder/"images").mkdir()
-    for p in photos: shutil.copy(Path(skimage.data.__file__).parent/p, folder/"images"/p)
+    for p in photos:
+        shutil.copy(Path(skimage.data.__file__).parent/p, folder/"images"/p)
     rows = [dict(question_id=f"{p}/{k}", image=p, text=t, **({"answer": "no"} if k else {})) for p in photos for k, t in enumerate(("Describe the image.", "Is there a boat in the image?"))]
-    (folder/"questions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows)); return folder
+    (folder/"questions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
 
-def given(mine, **other): return [w for k, v in (dict(base=mine/"base", reward=mine/"reward", images=mine/"images", questions=mine/"questions.jsonl") | other).items() for w in (k, v)]
+def given(mine, **other):
+    return [w for k, v in (dict(base=mine/"base", reward=mine/"reward", images=mine/"images", questions=mine/"questions.jsonl") | other).items() for w in (k, v)]
 
 def test_other_models_on_photographs(mine, tmp_path):
     run = subprocess.run(demo(tmp_path/"run", *given(mine)), cwd=ROOT, env=ENV, capture_output=True, text=True)
@@ -47,12 +53,14 @@ def test_mistakes_are_told_in_a_line(mine, tmp_path):
 
 @pytest.mark.slow
 def test_interrupted_and_run_again(tmp_path):
-    out = tmp_path/"run"; p = subprocess.Popen(demo(out, "probe_scenes", 200), cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out = tmp_path/"run"
+    p = subprocess.Popen(demo(out, "probe_scenes", 200), cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until = time.time() + 900
     while not (out/"clear.jsonl").exists() or not (out/"clear.jsonl").stat().st_size:
         assert p.poll() is None and time.time() < until, p.communicate()[0][-2000:]
         time.sleep(.1)
-    p.send_signal(signal.SIGINT); said = p.communicate(timeout=600)[0]
+    p.send_signal(signal.SIGINT)
+    said = p.communicate(timeout=600)[0]
     assert p.returncode == 130 and "Traceback" not in said, said[-2000:]
     before = (out/"clear.jsonl").read_text().splitlines()
     again = subprocess.run(demo(out, "probe_scenes", 200), cwd=ROOT, env=ENV, capture_output=True, text=True)

@@ -3,11 +3,11 @@ import copy, gc
 
 import pytest
 import torch
-from tita.decode import AlignedDecoder
-from tita.graphs import record_cuda, record_tape
-from tita.hf import aligned
+from tita.decode.decoder import AlignedDecoder
+from tita.decode.graphs import record_cuda, record_tape
+from tita.decode.hf import aligned
 from tita.models import chat_prompt
-from tita.world import make_scenes
+from tita.world.embedded import make_scenes
 from test_decode import BASE, FORMS, PROCESSOR, REF, REWARD, HandProcessor, decoder, family, near, prompts
 
 SETTINGS = [dict(draft=0), dict(draft=3), dict(draft="lazy"), dict(draft="auto"), dict(draft=2, temperature=1., top_p=.9, seed=3), dict(draft=0, repetition_penalty=1.3), dict(draft=3, stop="a")]
@@ -16,18 +16,24 @@ SETTINGS = [dict(draft=0), dict(draft=3), dict(draft="lazy"), dict(draft="auto")
 def taped(d):
     "The decoder, its forwards recorded on tapes; what is recorded is counted."
     made = []
-    def record(f, inputs): made.append(f); return record_tape(f, inputs)
-    for e in d.experts: e.record = record
+    def record(f, inputs):
+        made.append(f)
+        return record_tape(f, inputs)
+    for e in d.experts:
+        e.record = record
     return d, made
 
 
 class Said(list):
     "Answers: equal if their tokens are, and their rewards but for rounding."
-    def __eq__(self, other): return [o.tokens for o in self] == [o.tokens for o in other] and all(r == pytest.approx(s, abs=2e-3) for r, s in zip([o.rewards for o in self], [o.rewards for o in other]))
-    def __getitem__(self, i): return Said(super().__getitem__(i))
+    def __eq__(self, other):
+        return [o.tokens for o in self] == [o.tokens for o in other] and all(r == pytest.approx(s, abs=2e-3) for r, s in zip([o.rewards for o in self], [o.rewards for o in other]))
+    def __getitem__(self, i):
+        return Said(super().__getitem__(i))
 
 
-def said(d, images, questions, **kwargs): return Said(d.generate(images, questions, **kwargs))
+def said(d, images, questions, **kwargs):
+    return Said(d.generate(images, questions, **kwargs))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -43,54 +49,81 @@ def test_a_recording_says_the_same(form):
 
 def test_rows_grow_through_several_recordings():
     "A recording reads up to a column; rows that grow beyond it, in a cache that grows with them, are recorded anew."
-    images, questions = prompts(3); questions = [" ".join([q] * n) for q, n in zip(questions, (30, 12, 1))]
+    images, questions = prompts(3)
+    questions = [" ".join([q] * n) for q, n in zip(questions, (30, 12, 1))]
     d = [decoder("ratio"), taped(decoder("ratio"))[0]]  # the prompts have 148, 220 and 52 tokens
     for part, new in ((slice(0, 3), 40), (slice(0, 3), 150), (slice(2, 3), 120)):
-        plain, tape = (said(x, images[part], questions[part], max_new_tokens=new, draft=3, eos=()) for x in d); assert tape == plain
-        kv = {key[2] for key in d[1].experts[0].spare[0].graphs.known}; assert len(kv) > 1 and not d[1].experts[0].spare[0].graphs.off, kv
+        plain, tape = (said(x, images[part], questions[part], max_new_tokens=new, draft=3, eos=()) for x in d)
+        assert tape == plain
+        kv = {key[2] for key in d[1].experts[0].spare[0].graphs.known}
+        assert len(kv) > 1 and not d[1].experts[0].spare[0].graphs.off, kv
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl", "internvl"])
 def test_families_on_a_tape(name):
     "Queries that share keys, and positions that a constant shifts."
-    base, processor = family(name, 3, 0), HandProcessor(name); a, b, _ = (s.image for s in make_scenes(3)); images, questions = [a, b.resize((48, 64)), b.resize((48, 64))], ["Describe the image."] * 2 + ["What color is the star?"]
+    base, processor = family(name, 3, 0), HandProcessor(name)
+    a, b, _ = (s.image for s in make_scenes(3))
+    images, questions = [a, b.resize((48, 64)), b.resize((48, 64))], ["Describe the image."] * 2 + ["What color is the star?"]
     for draft in (0, 3):
-        plain = AlignedDecoder(base, near(base, .05), processor, near(base, .1), lam=2.); tape, made = taped(AlignedDecoder(base, plain.rewards[0], processor, plain.references[0], lam=2.))
+        plain = AlignedDecoder(base, near(base, .05), processor, near(base, .1), lam=2.)
+        tape, made = taped(AlignedDecoder(base, plain.rewards[0], processor, plain.references[0], lam=2.))
         assert said(tape, images, questions, max_new_tokens=8, draft=draft) == said(plain, images, questions, max_new_tokens=8, draft=draft) and made
 
 
 def test_the_next_call_uses_the_recordings():
     "The cache comes back when an engine is gone, empty whatever was in it; a larger batch gets a larger one."
-    images, questions = prompts(6); plain, (tape, made) = decoder("ratio"), taped(decoder("ratio")); want = said(plain, images, questions, max_new_tokens=12, draft=3)
-    assert said(tape, images[:3], questions[:3], max_new_tokens=12, draft=3) == want[:3]; said(tape, images[:3], questions[:3], max_new_tokens=12, draft=3); n, cache = len(made), tape.experts[0].spare[0]
+    images, questions = prompts(6)
+    plain, (tape, made) = decoder("ratio"), taped(decoder("ratio"))
+    want = said(plain, images, questions, max_new_tokens=12, draft=3)
+    assert said(tape, images[:3], questions[:3], max_new_tokens=12, draft=3) == want[:3]
+    said(tape, images[:3], questions[:3], max_new_tokens=12, draft=3)
+    n, cache = len(made), tape.experts[0].spare[0]
     for e in tape.experts:
         with torch.inference_mode():
-            for l in e.spare[0].layers: l.keys.fill_(float("nan")); l.values.fill_(float("nan"))
+            for l in e.spare[0].layers:
+                l.keys.fill_(float("nan"))
+                l.values.fill_(float("nan"))
     assert said(tape, images[:3], questions[:3], max_new_tokens=12, draft=3) == want[:3] and len(made) == n and tape.experts[0].spare == [cache]
     assert said(tape, images, questions, max_new_tokens=12, draft=3) == want and tape.experts[0].spare[0].rows == 6
-    one, two = tape.engine(2), tape.engine(2); assert one.experts[0].cache is not two.experts[0].cache
-    del one, two; gc.collect(); assert len(tape.experts[0].spare) == 1
+    one, two = tape.engine(2), tape.engine(2)
+    assert one.experts[0].cache is not two.experts[0].cache
+    del one, two
+    gc.collect()
+    assert len(tape.experts[0].spare) == 1
 
 
 def test_weights_that_move_are_recorded_anew():
     "New values are seen by a recording; a new place of the weights makes it void."
-    base = copy.deepcopy(BASE); d = AlignedDecoder(base, REWARD, PROCESSOR, REF); tape, made = taped(AlignedDecoder(base, REWARD, PROCESSOR, REF)); images, questions = prompts(2)
+    base = copy.deepcopy(BASE)
+    d = AlignedDecoder(base, REWARD, PROCESSOR, REF)
+    tape, made = taped(AlignedDecoder(base, REWARD, PROCESSOR, REF))
+    images, questions = prompts(2)
     for change in (lambda: None, lambda: base.lm_head.weight.data.mul_(-1), lambda: [setattr(p, "data", p.data.clone()) for p in base.parameters()], lambda: base.get_decoder().layers[1].mlp.up_proj.weight.data.mul_(-1)):
         change()
-        for _ in range(2): assert said(tape, images, questions, max_new_tokens=8, draft=0) == said(d, images, questions, max_new_tokens=8, draft=0)
+        for _ in range(2):
+            assert said(tape, images, questions, max_new_tokens=8, draft=0) == said(d, images, questions, max_new_tokens=8, draft=0)
 
 
 def test_a_recording_that_fails_is_left_alone():
     "A warning, and the same answers."
-    def fail(f, inputs): raise RuntimeError("operation not permitted when stream is capturing")
-    d = decoder("ratio"); images, questions = prompts(2); want = said(d, images, questions, max_new_tokens=8, draft=0)
-    for e in d.experts: e.record = fail
-    with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted"): assert said(d, images, questions, max_new_tokens=8, draft=0) == want
+    def fail(f, inputs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+    d = decoder("ratio")
+    images, questions = prompts(2)
+    want = said(d, images, questions, max_new_tokens=8, draft=0)
+    for e in d.experts:
+        e.record = fail
+    with pytest.warns(UserWarning, match="without CUDA graphs: operation not permitted"):
+        assert said(d, images, questions, max_new_tokens=8, draft=0) == want
 
 
 def test_generate_of_transformers_on_a_tape():
-    images, questions = prompts(1); x = PROCESSOR(text=chat_prompt(PROCESSOR, questions[0]), images=images[0], return_tensors="pt"); out = []
-    for d in (decoder("ratio"), taped(decoder("ratio"))[0]): out.append(BASE.generate(**x, max_new_tokens=12, do_sample=False, custom_generate=aligned, decoder=d, reward_inputs=x))
+    images, questions = prompts(1)
+    x = PROCESSOR(text=chat_prompt(PROCESSOR, questions[0]), images=images[0], return_tensors="pt")
+    out = []
+    for d in (decoder("ratio"), taped(decoder("ratio"))[0]):
+        out.append(BASE.generate(**x, max_new_tokens=12, do_sample=False, custom_generate=aligned, decoder=d, reward_inputs=x))
     assert torch.equal(*out)
 
 
@@ -99,9 +132,11 @@ def test_generate_of_transformers_on_a_tape():
 @pytest.fixture
 def on_gpu():
     "The models, on a GPU for a while."
-    for m in (BASE, REWARD, REF): m.to("cuda")
+    for m in (BASE, REWARD, REF):
+        m.to("cuda")
     yield
-    for m in (BASE, REWARD, REF): m.to("cpu")
+    for m in (BASE, REWARD, REF):
+        m.to("cpu")
 
 
 @pytest.mark.gpu
@@ -120,14 +155,20 @@ def test_cuda_graphs_say_the_same(form, on_gpu):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_host_does_not_wait_inside_a_block(on_gpu, monkeypatch):
     "From the first draft to the verified logits nothing is asked of the device."
-    from tita.experts import Expert
-    from tita.speculate import SpeculativeEngine
+    from tita.decode.experts import Expert
+    from tita.decode.speculation import SpeculativeEngine
     def strict(f):
         def g(*args, **kwargs):
             torch.cuda.set_sync_debug_mode("error")
-            try: return f(*args, **kwargs)
-            finally: torch.cuda.set_sync_debug_mode("default")
+            try:
+                return f(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         return g
-    images, questions = prompts(5); d = decoder("ratio"); want = said(d, images, questions, max_new_tokens=24, draft=3); said(d, images, questions, max_new_tokens=24, draft=3)
-    monkeypatch.setattr(SpeculativeEngine, "_write_draft", strict(SpeculativeEngine._write_draft)); monkeypatch.setattr(Expert, "_replay", strict(Expert._replay))
+    images, questions = prompts(5)
+    d = decoder("ratio")
+    want = said(d, images, questions, max_new_tokens=24, draft=3)
+    said(d, images, questions, max_new_tokens=24, draft=3)
+    monkeypatch.setattr(SpeculativeEngine, "_write_draft", strict(SpeculativeEngine._write_draft))
+    monkeypatch.setattr(Expert, "_replay", strict(Expert._replay))
     assert said(d, images, questions, max_new_tokens=24, draft=3) == want

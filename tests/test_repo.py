@@ -9,6 +9,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/"scripts"))
+import style
 CONFIG = ConfigParser(delimiters=["="], interpolation=None)
 CONFIG.read(ROOT/"settings.ini", encoding="utf-8")
 CFG = CONFIG["DEFAULT"]
@@ -16,21 +18,28 @@ DIRECTIVE = re.compile(r"^#\|[ \t]*([\w-]+):?[ \t]*(.*)", re.M)
 READING = {"runs", "tutorials", "explanations"}  # folders of notebooks that export nothing
 
 class Cell:
-    def __init__(self, raw): self.raw, self.kind, self.source = raw, raw["cell_type"], "".join(raw["source"])
-    def __str__(self): return f"cell {self.raw.get('id')} ({self.source.strip().splitlines()[0][:60] if self.source.strip() else 'empty'!r})"
+    def __init__(self, raw):
+        self.raw, self.kind, self.source = raw, raw["cell_type"], "".join(raw["source"])
+    def __str__(self):
+        return f"cell {self.raw.get('id')} ({self.source.strip().splitlines()[0][:60] if self.source.strip() else 'empty'!r})"
 
     @cached_property
-    def directives(self): return dict(DIRECTIVE.findall(self.source))
+    def directives(self):
+        return dict(DIRECTIVE.findall(self.source))
     @property
-    def exported(self): return self.kind == "code" and bool({"export", "exports", "exporti"} & self.directives.keys())
+    def exported(self):
+        return self.kind == "code" and bool({"export", "exports", "exporti"} & self.directives.keys())
     @property
-    def tags(self): return self.raw["metadata"].get("tags", [])
+    def tags(self):
+        return self.raw["metadata"].get("tags", [])
     @property
-    def lines(self): return [l for l in DIRECTIVE.sub("", self.source).splitlines() if l.strip()]
+    def lines(self):
+        return [l for l in DIRECTIVE.sub("", self.source).splitlines() if l.strip()]
 
     @cached_property
     def body(self):  # its statements; shell and magic lines stand for none
-        if self.kind != "code": return []
+        if self.kind != "code":
+            return []
         return ast.parse("\n".join("pass" if re.match(r"\s*[!%]", l) else l for l in self.source.splitlines())).body
 
 class Notebook:
@@ -40,11 +49,14 @@ class Notebook:
         self.cells = [Cell(c) for c in self.raw["cells"]]
 
     @cached_property
-    def module(self): return next((c.directives["default_exp"].strip() for c in self.cells if "default_exp" in c.directives), None)
+    def module(self):
+        return next((c.directives["default_exp"].strip() for c in self.cells if "default_exp" in c.directives), None)
     @property
-    def number(self): return int(m[1]) if (m := re.match(r"(\d+)_", self.path.name)) else None
+    def number(self):
+        return int(m[1]) if (m := re.match(r"(\d+)_", self.path.name)) else None
     @property
-    def is_module(self): return not (self.path.parent.name in READING or self.path.stem == "index")
+    def is_module(self):
+        return not (self.path.parent.name in READING or self.path.stem == "index")
 
 NOTEBOOKS = [Notebook(p) for p in sorted((ROOT/"nbs").rglob("*.ipynb")) if not any(d.startswith((".", "_")) for d in p.relative_to(ROOT).parts)]
 MODULES = {n.module: n for n in NOTEBOOKS if n.module}
@@ -53,29 +65,62 @@ each = lambda notebooks: pytest.mark.parametrize("nb", notebooks, ids=lambda n: 
 def tracked():
     "Files that git knows, or without git those that are not of some tool."
     run = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    if run.returncode == 0: return [p for l in run.stdout.splitlines() if (p := ROOT/l).is_file()]
+    if run.returncode == 0:
+        return [p for l in run.stdout.splitlines() if (p := ROOT/l).is_file()]
     return [p for p in ROOT.rglob("*") if p.is_file() and not any(d.startswith((".", "_")) or d == "runs" for d in p.relative_to(ROOT).parts[:-1])]
 
 def text_of(path):
-    try: return path.read_text(encoding="utf-8") if path.stat().st_size < 5_000_000 else ""
-    except UnicodeDecodeError: return ""
+    try:
+        return path.read_text(encoding="utf-8") if path.stat().st_size < 5_000_000 else ""
+    except UnicodeDecodeError:
+        return ""
 
 ## Layers
 
-def imported(tree, package=CFG["lib_name"]):
-    "Modules of our own that this code imports, at any depth: `from .core import x`, `from tita.core import x`, `import tita.core`."
+# What a room may import beside itself and the root. The embedded world is every room's example.
+EDGES = {
+    "": set(), "world": set(), "decode": {"world"}, "api": set(), "train": {"world"}, "eval": {"decode", "api", "world"},
+    "data": {"decode", "api", "world"}, "show": {"eval", "world"}, "bench": {"api", "eval", "show", "world"},
+    "serve": {"decode", "api", "show", "world"}, "studies": {"world", "decode", "api", "data", "train", "eval", "show", "bench"}}
+
+def room_of(module):
+    return module.rpartition(".")[0]
+
+def module_named(path):
+    "The longest part of a dotted path that is a module of ours, or the path itself."
+    parts = path.split(".")
+    return next((m for i in range(len(parts), 0, -1) if (m := ".".join(parts[:i])) in MODULES), path)
+
+def imported(tree, module="", package=CFG["lib_name"]):
+    "Modules of our own that this code imports, at any depth, or names in a string."
     for n in ast.walk(tree):
         if isinstance(n, ast.ImportFrom):
-            path = (n.module or "").split(".")
-            if n.level: yield from [path[0]] if n.module else [a.name for a in n.names]
-            elif path[0] == package: yield from path[1:2] or [a.name for a in n.names]
-        elif isinstance(n, ast.Import): yield from (a.name.split(".")[1] for a in n.names if a.name.startswith(package + "."))
+            path = (n.module or "").split(".") if n.module else []
+            if n.level:
+                here = module.split(".")[:-n.level]
+                path = [package, *here, *path]
+            if path[:1] == [package]:
+                yield from {module_named(".".join([*path[1:], a.name])) for a in n.names}
+        elif isinstance(n, ast.Import):
+            yield from (module_named(a.name.removeprefix(package + ".")) for a in n.names if a.name.startswith(package + "."))
+        elif isinstance(n, ast.Call) and getattr(n.func, "attr", getattr(n.func, "id", "")) in ("import_module", "__import__"):
+            names = [a.value for a in n.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            yield from (module_named(m.removeprefix(package + ".")) for m in names if m.startswith(package + "."))
 
 @each([n for n in NOTEBOOKS if n.number is not None])
 def test_imports_only_lower_numbers(nb):
     wrong = [f"{c}: imports {m}, which is {MODULES[m].name if m in MODULES else 'of no notebook'}"
-             for c in nb.cells for s in c.body for m in imported(s)
+             for c in nb.cells for s in c.body for m in imported(s, nb.module)
              if m not in MODULES or m != nb.module and MODULES[m].number >= nb.number]
+    assert not wrong, f"{nb.name}: " + "; ".join(wrong)
+
+@each([n for n in NOTEBOOKS if n.number is not None])
+def test_imports_along_the_edges(nb):
+    "Examples may use the embedded world, exported code only what its room may."
+    room = room_of(nb.module)
+    wrong = [f"{c}: {room or 'the root'} may not import {m}"
+             for c in nb.cells for s in c.body for m in imported(s, nb.module)
+             if (other := room_of(m)) not in {room, ""} | EDGES[room] and not (other == "world" and not c.exported)]
     assert not wrong, f"{nb.name}: " + "; ".join(wrong)
 
 def test_one_module_a_number():
@@ -95,7 +140,8 @@ def test_begins_with_title_and_purpose(nb):
 
 @each([n for n in NOTEBOOKS if n.is_module])
 def test_exports_to_its_module(nb):
-    assert nb.module == re.sub(r"^\d+_", "", nb.path.stem), f"{nb.name}: `#| default_exp` must name the module after the notebook"
+    folders = nb.path.relative_to(ROOT/"nbs").parts[:-1]
+    assert nb.module == ".".join([*folders, re.sub(r"^\d+_", "", nb.path.stem)]), f"{nb.name}: `#| default_exp` must name the module after the notebook"
     assert any(c.exported for c in nb.cells), f"{nb.name} exports nothing"
 
 @each([n for n in NOTEBOOKS if not n.is_module])
@@ -136,6 +182,17 @@ def test_ids_are_unique():
     ids = [(n.name, c.raw["id"]) for n in NOTEBOOKS for c in n.cells]
     assert len(set(ids)) == len(ids)
 
+## Form
+
+DEBT = json.loads((ROOT/"tests/style_debt.json").read_text()) if (ROOT/"tests/style_debt.json").exists() else {}
+
+@pytest.mark.parametrize("path", style.sources(ROOT), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_form_only_gets_better(path):
+    "What `scripts/style.py` counts may not grow: a file that is not listed in tests/style_debt.json breaks no rule."
+    owed = DEBT.get(path.relative_to(ROOT).as_posix(), {})
+    more = {rule: places for rule, places in style.broken(path).items() if len(places) > owed.get(rule, 0)}
+    assert not more, "\n".join(place for places in more.values() for place in places)
+
 ## Packaging
 
 def test_import_is_light():
@@ -160,7 +217,8 @@ def locked():
     "Name -> versions in the lock, for this Python."
     found = {}
     for l in (ROOT/"scripts/requirements.lock").read_text().splitlines():
-        if l and not l.startswith("#") and ((r := Requirement(l)).marker is None or r.marker.evaluate()): found[canonicalize_name(r.name)] = r.specifier
+        if l and not l.startswith("#") and ((r := Requirement(l)).marker is None or r.marker.evaluate()):
+            found[canonicalize_name(r.name)] = r.specifier
     return found
 
 def test_lock_holds_what_settings_ask_for():

@@ -10,13 +10,17 @@ def notebook(out, *params):
     flat = [w for name, value in zip(params[::2], params[1::2]) for w in ("-p", name, str(value))]
     return subprocess.run([sys.executable, "scripts/run_notebook.py", "nbs/runs/train_reward.ipynb", str(out/"executed.ipynb"), "-p", "out", str(out), *flat], cwd=ROOT, env=ENV, capture_output=True, text=True)
 
-def printed(out): return "".join("".join(o.get("text", [])) for c in json.loads((out/"executed.ipynb").read_text())["cells"] for o in c.get("outputs", []))
+def printed(out):
+    return "".join("".join(o.get("text", [])) for c in json.loads((out/"executed.ipynb").read_text())["cells"] for o in c.get("outputs", []))
 
 def test_train_reward_notebook(tmp_path):
     "Pairs, the command with its log, curves and measures; the second time nothing is trained."
-    out = tmp_path/"run"; small = ("scenes", 24, "epochs", 1, "batch_size", 32, "held_out", .3)
-    run = notebook(out, *small); assert run.returncode == 0, run.stderr[-3000:]
-    metrics = json.loads((out/"metrics.json").read_text()); said = printed(out)
+    out = tmp_path/"run"
+    small = ("scenes", 24, "epochs", 1, "batch_size", 32, "held_out", .3)
+    run = notebook(out, *small)
+    assert run.returncode == 0, run.stderr[-3000:]
+    metrics = json.loads((out/"metrics.json").read_text())
+    said = printed(out)
     assert metrics["steps"] > 0 and 0 <= metrics["measures"]["pairs"]["value"] <= 100 and 0 <= metrics["measures"]["mentions"]["auc"] <= 1
     assert "tita-train dpo --model_name_or_path" in said and f"{out}/model: loss" in said  # the command, and the last line of its log
     pictures = [o for c in json.loads((out/"executed.ipynb").read_text())["cells"] for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
@@ -29,21 +33,28 @@ def test_train_reward_notebook_tells_mistakes(tmp_path):
     for params, why in {("method", "ppo"): "is none of dpo, sft, distill", ("pairs", tmp_path/"broken.jsonl"): "say what to train", ("pairs", tmp_path/"broken.jsonl", "model", "none/such"): "broken.jsonl:1"}.items():
         run = notebook(tmp_path/"bad", *params)
         assert run.returncode == 2 and why in run.stderr and "Traceback" not in run.stderr, run.stderr[-2000:]
-        for f in (tmp_path/"bad").glob("*.json"): f.unlink()
+        for f in (tmp_path/"bad").glob("*.json"):
+            f.unlink()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "distill"])
 def test_train_reward_notebook_methods(method, tmp_path):
-    run = notebook(tmp_path/"run", "method", method, "scenes", 24, "epochs", 1, "batch_size", 32); assert run.returncode == 0, run.stderr[-3000:]
-    metrics = json.loads((tmp_path/"run"/"metrics.json").read_text()); assert metrics["method"] == method and metrics["steps"] > 0
+    run = notebook(tmp_path/"run", "method", method, "scenes", 24, "epochs", 1, "batch_size", 32)
+    assert run.returncode == 0, run.stderr[-3000:]
+    metrics = json.loads((tmp_path/"run"/"metrics.json").read_text())
+    assert metrics["method"] == method and metrics["steps"] > 0
 
 @pytest.mark.slow
 def test_study_of_rewards(tmp_path):
     "Small: all parts run, and what is there is used the second time."
     command = [sys.executable, "scripts/study_reward.py", *"--scenes 40 --presence 3 --test 6 --valid 12 --epochs 1 --distill-steps 2 --distill-scenes 16".split(), "--out", tmp_path/"results", "--runs", tmp_path/"runs"]
-    run = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True); assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads((tmp_path/"results"/"study_reward.json").read_text()); text = (tmp_path/"results"/"study_reward.md").read_text()
+    run = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads((tmp_path/"results"/"study_reward.json").read_text())
+    text = (tmp_path/"results"/"study_reward.md").read_text()
     assert len(found["grid"]) == 10 and set(found["baselines"]["alone"]) == {"before", "sft", "rejection_sampling", "steerlm", "dpo"} and "this uses labels" in text
     assert (tmp_path/"results"/"study_reward.png").read_bytes().startswith(b"\x89PNG")
-    again = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True); assert again.returncode == 0
-    second = json.loads((tmp_path/"results"/"study_reward.json").read_text()); assert second["grid"] == found["grid"] and second["baselines"] == found["baselines"]
+    again = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert again.returncode == 0
+    second = json.loads((tmp_path/"results"/"study_reward.json").read_text())
+    assert second["grid"] == found["grid"] and second["baselines"] == found["baselines"]

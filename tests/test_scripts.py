@@ -34,7 +34,8 @@ def command(folder, name, text):
 def tools(folder, *names):
     "A folder for PATH with these commands only."
     folder.mkdir(exist_ok=True)
-    for n in names: (folder/n).symlink_to(shutil.which(n))
+    for n in names:
+        (folder/n).symlink_to(shutil.which(n))
     return folder
 
 BASICS = "bash sh sed awk df grep cat dirname tail head find rm mv touch ls wc tr sleep".split()
@@ -88,7 +89,8 @@ def stamped(repo):
     "An environment without packages and the stamp that a finished set-up would have left."
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", repo/".venv"], check=True)
     h = hashlib.sha256(repr((str(repo.resolve()), sys.version_info[:2])).encode())
-    for f in ["scripts/requirements.lock", "scripts/torch.lock", "settings.ini", "setup.py", "pyproject.toml"]: h.update((repo/f).read_bytes())
+    for f in ["scripts/requirements.lock", "scripts/torch.lock", "settings.ini", "setup.py", "pyproject.toml"]:
+        h.update((repo/f).read_bytes())
     (repo/".venv/tita.stamp").write_text(f"{h.hexdigest()} cpu\n")
     return repo
 
@@ -113,7 +115,8 @@ def is_trusted(repo, path):
 def test_stamp_of_something_else_is_not_trusted(repo, tmp_path, change):
     path = tools(tmp_path/"bin", *BASICS)
     assert is_trusted(stamped(repo), path)
-    with (repo/change).open("a") as f: f.write("# changed\n")
+    with (repo/change).open("a") as f:
+        f.write("# changed\n")
     assert not is_trusted(repo, path)
 
 def test_gpu_that_came_later_is_seen(repo, tmp_path):
@@ -136,7 +139,8 @@ def notebook(path, *sources, tags=("parameters",)):
     path.write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}))
     return path
 
-def run_notebook(*args): return subprocess.run([sys.executable, ROOT/"scripts/run_notebook.py", *map(str, args)], capture_output=True, text=True)
+def run_notebook(*args):
+    return subprocess.run([sys.executable, ROOT/"scripts/run_notebook.py", *map(str, args)], capture_output=True, text=True)
 
 def test_parameters_reach_the_notebook(tmp_path):
     nb = notebook(tmp_path/"a.ipynb", "n = 1\ns = 'x'", "print('n is', n + 1, s)")
@@ -175,9 +179,10 @@ def test_figures_of_a_gpu_need_one(tmp_path):
 
 ## make_readme.py
 
-@pytest.mark.parametrize("link, seen", [("11_augment.ipynb", "nbs/11_augment.ipynb"), ("../results/a.png", "results/a.png"), ("#top", "#top"),
+@pytest.mark.parametrize("link, seen", [("../nbs/03_views.ipynb", "nbs/03_views.ipynb"), ("../results/a.png", "results/a.png"), ("#top", "#top"),
                                         ("https://example.com/a", "https://example.com/a"), ("runs/demo.ipynb#a", "nbs/runs/demo.ipynb#a"), ("../../x", "x")])
-def test_readme_links_are_seen_from_the_root(link, seen): assert make_readme.from_root(link) == seen
+def test_readme_links_are_seen_from_the_root(link, seen):
+    assert make_readme.from_root(link) == seen
 
 def test_readme_leaves_code_alone():
     text = "see [a](../a.png)\n\n```python\nx = d['k'](y.png)\n```\n\n<img src=\"b.png\">"
@@ -205,13 +210,15 @@ def site(tmp_path):
     (root/"b.qmd").write_text("---\ntitle: b\n---\n\n## Its heading\n\n[a](first.html#one-thing)\n")
     return root
 
-def test_docs_without_mistakes_pass(site): assert check_docs.check(site) == []
+def test_docs_without_mistakes_pass(site):
+    assert check_docs.check(site) == []
 
 @pytest.mark.parametrize("text, problem", [("[x](nowhere.html)", "broken link nowhere.html"), ("[x](a.qmd#nothing)", "no anchor a.qmd#nothing"),
     ("[x](https://example.com/tita/first.html#gone)", "no anchor https://example.com/tita/first.html#gone"), ("@fig-none", "unresolved @fig-none"),
     ("::: {.callout-hint}\nx\n:::", "unknown callout callout-hint"), (":::: {.callout-note}\nx", "b.qmd"), ("![x](gone.png)", "broken link gone.png")])
 def test_docs_mistakes_are_found(site, text, problem):
-    with (site/"b.qmd").open("a") as f: f.write(f"\n\n{text}\n")
+    with (site/"b.qmd").open("a") as f:
+        f.write(f"\n\n{text}\n")
     found = check_docs.check(site)
     assert len(found) == 1 and problem in found[0], found
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 from trl import DPOConfig, DPOTrainer
-from tita.dpo import PrefixSharedDPOConfig, PrefixSharedDPOTrainer
-from tita.world import make_scenes, tiny_pair
+from tita.train.dpo import PrefixSharedDPOConfig, PrefixSharedDPOTrainer
+from tita.world.embedded import make_scenes, tiny_pair
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = "what is it ?", "is there a red square in this image ?", "say"
@@ -32,7 +32,8 @@ class ImageQwen(Qwen2_5_VLProcessor):
 def tiny_qwen():
     special = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
     words = special + sorted(set(" ".join((*QUESTIONS, *ANSWERS, "user assistant")).split()))
-    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<|endoftext|>")); tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<|endoftext|>"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tok.add_special_tokens(special)
     tok = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<|endoftext|>", eos_token="<|im_end|>", unk_token="<|endoftext|>")
     processor = ImageQwen(Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=84 * 84), tok, chat_template=TEMPLATE)
@@ -65,10 +66,14 @@ def as_dataset(pairs):
 
 def loss_and_gradient(trainer):
     "Of all rows in one batch."
-    if "prompt_ids" in trainer.train_dataset.column_names: batch = trainer.data_collator(list(trainer.train_dataset))
-    else: batch = trainer.data_collator([dict(r) for r in trainer.train_dataset])
-    trainer.model.zero_grad(); trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)); loss.backward()
+    if "prompt_ids" in trainer.train_dataset.column_names:
+        batch = trainer.data_collator(list(trainer.train_dataset))
+    else:
+        batch = trainer.data_collator([dict(r) for r in trainer.train_dataset])
+    trainer.model.zero_grad()
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+    loss.backward()
     metrics = {k: v[-1] for k, v in trainer._metrics["train"].items()}
     return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}, metrics
 
@@ -78,34 +83,41 @@ def compare(build, tmp_path, lora=False, share="image", tower=False, **settings)
     policy = copy.deepcopy(model)
     with torch.no_grad():
         g = torch.Generator().manual_seed(1)
-        for p in policy.parameters(): p += 0.02 * torch.randn(p.shape, generator=g)
+        for p in policy.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=g)
     usual = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], per_device_train_batch_size=8) | settings
     peft = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False) if lora else None
     data, ours_model, ref = as_dataset(rows()), copy.deepcopy(policy), None if lora else model
     if not tower:
-        for n, p in policy.named_parameters(): p.requires_grad_("vision_tower" not in n and not ("visual" in n and "merger" not in n))
+        for n, p in policy.named_parameters():
+            p.requires_grad_("vision_tower" not in n and not ("visual" in n and "merger" not in n))
     trl = DPOTrainer(model=policy, ref_model=copy.deepcopy(ref), args=DPOConfig(str(tmp_path / "trl"), max_length=None, **usual), train_dataset=data, processing_class=processor, peft_config=peft)
     theirs = loss_and_gradient(trl)
     ours = PrefixSharedDPOTrainer(model=ours_model, ref_model=copy.deepcopy(ref), args=PrefixSharedDPOConfig(str(tmp_path / "ours"), share=share, freeze_vision=not tower, **usual), train_dataset=data,
         processing_class=processor, peft_config=peft)
-    if lora: ours.model.load_state_dict(trl.model.state_dict())
+    if lora:
+        ours.model.load_state_dict(trl.model.state_dict())
     mine = loss_and_gradient(ours)
     assert mine[0] == pytest.approx(theirs[0], rel=1e-5)
     assert mine[1].keys() == theirs[1].keys()
     scale = max(g.abs().max() for g in theirs[1].values())
-    for name, grad in theirs[1].items(): torch.testing.assert_close(mine[1][name], grad, rtol=1e-4, atol=1e-5 * scale, msg=lambda m: f"{name}: {m}")
-    for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy"): assert mine[2][key] == pytest.approx(theirs[2][key], rel=1e-4, abs=1e-5), key
+    for name, grad in theirs[1].items():
+        torch.testing.assert_close(mine[1][name], grad, rtol=1e-4, atol=1e-5 * scale, msg=lambda m: f"{name}: {m}")
+    for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy"):
+        assert mine[2][key] == pytest.approx(theirs[2][key], rel=1e-4, abs=1e-5), key
     return ours
 
 
 @pytest.mark.parametrize("build", [tiny_llava, tiny_qwen])
 @pytest.mark.parametrize("lora", [False, True])
-def test_equals_trl(build, lora, tmp_path): compare(build, tmp_path, lora)
+def test_equals_trl(build, lora, tmp_path):
+    compare(build, tmp_path, lora)
 
 
 @pytest.mark.parametrize("settings", [dict(share="pair"), dict(share="none"), dict(tower=True), dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
     dict(loss_type=["ipo"]), dict(loss_type=["sigmoid_norm", "hinge"]), dict(use_weighting=True), dict(ld_alpha=0.5), dict(f_divergence_type="js_divergence"), dict(gradient_checkpointing=True)], ids=str)
-def test_settings_equal_trl(settings, tmp_path): compare(tiny_llava, tmp_path, **settings)
+def test_settings_equal_trl(settings, tmp_path):
+    compare(tiny_llava, tmp_path, **settings)
 
 
 def test_tower_of_patches_is_cached(tmp_path):
@@ -116,20 +128,24 @@ def test_tower_of_patches_is_cached(tmp_path):
         ref_model=tiny_qwen()[0], train_dataset=as_dataset(rows()), processing_class=ours.processing_class)
     calls = frozen.cache.calls
     assert frozen.cache.complete(3) or frozen.ref_model is not None
-    first = loss_and_gradient(frozen); again = loss_and_gradient(frozen)
+    first = loss_and_gradient(frozen)
+    again = loss_and_gradient(frozen)
     assert frozen.cache.complete(3) and first[0] == pytest.approx(again[0], rel=1e-6) and frozen.cache.calls <= calls + 1
 
 
 # ---- processes
 
-TRAIN = "from tita.train import main; main()"
+TRAIN = "from tita.train.recipes import main; main()"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A tiny model with its processor, eight images, and 24 pairs about them."
-    root = tmp_path_factory.mktemp("train"); (root / "images").mkdir()
-    model, processor = tiny_llava(); model.save_pretrained(root / "model"); processor.save_pretrained(root / "model")
+    root = tmp_path_factory.mktemp("train")
+    (root / "images").mkdir()
+    model, processor = tiny_llava()
+    model.save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
     lines = []
     for i, s in enumerate(make_scenes(8, seed=4)):
         s.image.save(root / "images" / f"{i}.png")
@@ -154,10 +170,12 @@ def finish(process, timeout=600):
     return process.returncode, text
 
 
-def weights(folder): return load_file(folder / "model.safetensors")
+def weights(folder):
+    return load_file(folder / "model.safetensors")
 
 
-def losses(folder): return [h["loss"] for h in json.loads((folder / "metrics.json").read_text())["history"]]
+def losses(folder):
+    return [h["loss"] for h in json.loads((folder / "metrics.json").read_text())["history"]]
 
 
 def wait_for(path, process, timeout=3600):
@@ -169,43 +187,55 @@ def wait_for(path, process, timeout=3600):
 
 def test_killed_and_resumed_equals_undisturbed(folder):
     many = "--per_device_train_batch_size 4 --num_train_epochs 12 --save_steps 10 --chosen_weight 0.03".split()
-    code, text = finish(start(flags(folder, "whole", *many))); assert code == 0, text
+    code, text = finish(start(flags(folder, "whole", *many)))
+    assert code == 0, text
     process = start(flags(folder, "killed", *many))
     wait_for(folder / "killed" / "checkpoint-20" / "complete.json", process)
-    os.killpg(process.pid, signal.SIGKILL); process.communicate()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
     assert not (folder / "killed" / "metrics.json").exists()
     (folder / "killed" / "checkpoint-999").mkdir()  # one that was being written
-    code, text = finish(start(flags(folder, "killed", *many))); assert code == 2 and "not empty" in text and "--resume" in text and "Traceback" not in text
-    code, text = finish(start(flags(folder, "killed", *many, "--beta", 0.2, "--resume"))); assert code == 2 and "other settings: beta" in text
-    code, text = finish(start(flags(folder, "killed", *many, "--resume"))); assert code == 0, text
+    code, text = finish(start(flags(folder, "killed", *many)))
+    assert code == 2 and "not empty" in text and "--resume" in text and "Traceback" not in text
+    code, text = finish(start(flags(folder, "killed", *many, "--beta", 0.2, "--resume")))
+    assert code == 2 and "other settings: beta" in text
+    code, text = finish(start(flags(folder, "killed", *many, "--resume")))
+    assert code == 0, text
     assert losses(folder / "killed") == pytest.approx(losses(folder / "whole"), abs=1e-7) and len(losses(folder / "whole")) == 72
     one, other = weights(folder / "whole"), weights(folder / "killed")
-    for name in one: torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-7)
-    code, text = finish(start(flags(folder, "killed", *many, "--resume"))); assert code == 0, text  # finished: nothing to do
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-7)
+    code, text = finish(start(flags(folder, "killed", *many, "--resume")))
+    assert code == 0, text  # finished: nothing to do
 
 
 def test_command_line_tells_mistakes(folder, capsys):
     "One line each, exit code 2, no traceback."
-    from tita.train import main
-    (folder / "no_image.jsonl").write_text('{"prompt": "?", "chosen": "a", "rejected": "b"}\n'); (folder / "empty.jsonl").write_text("")
+    from tita.train.recipes import main
+    (folder / "no_image.jsonl").write_text('{"prompt": "?", "chosen": "a", "rejected": "b"}\n')
+    (folder / "empty.jsonl").write_text("")
     (folder / "equal.jsonl").write_text('{"image": "0.png", "prompt": "?", "chosen": "a", "rejected": "a"}\n')
-    (folder / "text.jsonl").write_text('{"image": "none.png", "prompt": "?", "chosen": "a", "rejected": "b"}\n'); (folder / "images" / "none.png").write_text("no image")
-    text_only = folder / "text_only"; tiny_llava()[1].save_pretrained(text_only)
+    (folder / "text.jsonl").write_text('{"image": "none.png", "prompt": "?", "chosen": "a", "rejected": "b"}\n')
+    (folder / "images" / "none.png").write_text("no image")
+    text_only = folder / "text_only"
+    tiny_llava()[1].save_pretrained(text_only)
     from transformers import LlamaConfig, LlamaForCausalLM
     LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(text_only)
     cases = {("--pairs", folder / "no_image.jsonl"): "no_image.jsonl:1: no image", ("--pairs", folder / "empty.jsonl"): "no pairs", ("--pairs", folder / "equal.jsonl"): "chosen and rejected are equal",
         ("--pairs", folder / "text.jsonl"): "none.png: not an image", ("--model_name_or_path", text_only): "text_only", ("--model_name_or_path", folder / "images"): "no processor here",
         ("--learning_rat", "1"): "learning_rat", ("--max_length", "30"): "24 of 24 rows are longer than 30 tokens", ("--loss_type", "sigmoid", "--loss_weights", "1", "2"): "loss_weights", ("--attn_implementation", "flash_attention_2"): "flash"}
     for i, (flag, why) in enumerate(cases.items()):
-        with pytest.raises(SystemExit) as exit: main(flags(folder, f"bad{i}", *flag))
+        with pytest.raises(SystemExit) as exit:
+            main(flags(folder, f"bad{i}", *flag))
         text = capsys.readouterr().err
         assert exit.value.code == 2 and why in text and "error: " in text, (flag, text)
 
 
 def test_attention_is_measured_once_and_kept_in_the_metrics(folder):
     "Where it is asked for the first batch is timed with what this machine has; a named implementation is not questioned."
-    from tita.train import main, parse
-    out = folder / "measured"; main(flags(folder, "measured", "--max_steps", "1", "--measure_attention", "true"))
+    from tita.train.recipes import main, parse
+    out = folder / "measured"
+    main(flags(folder, "measured", "--max_steps", "1", "--measure_attention", "true"))
     assert 0 < json.loads((out / "metrics.json").read_text())["attention_seconds"]["sdpa"] < 1
     for more, wanted in (((), torch.cuda.is_available()), (("--measure_attention", "true"), True), (("--measure_attention", "true", "--attn_implementation", "sdpa"), False)):
         assert parse("dpo", [str(a) for a in flags(folder, "named", *more)[1:]])[1].measure_attention == wanted
@@ -214,14 +244,19 @@ def test_attention_is_measured_once_and_kept_in_the_metrics(folder):
 @pytest.mark.slow
 def test_flex_attention_where_it_is_faster(tmp_path, monkeypatch):
     "When its time is less trees attend with FlexAttention, which gives SDPA's loss; on a CPU its forward alone can be run."
-    import tita.dpo
-    from tita.trainer import plain_model
-    model, processor = tiny_llava(); make = lambda **kw: PrefixSharedDPOTrainer(copy.deepcopy(model), args=PrefixSharedDPOConfig(str(tmp_path), use_cpu=True, report_to=[], per_device_train_batch_size=8, **kw), train_dataset=rows(), processing_class=processor)
+    import tita.train.dpo
+    from tita.train.training_runs import plain_model
+    model, processor = tiny_llava()
+    make = lambda **kw: PrefixSharedDPOTrainer(copy.deepcopy(model), args=PrefixSharedDPOConfig(str(tmp_path), use_cpu=True, report_to=[], per_device_train_batch_size=8, **kw), train_dataset=rows(), processing_class=processor)
     def loss(trainer):
-        with torch.no_grad(): return trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(list(trainer.get_train_dataloader().dataset)))).item()
-    plain = make(); wanted = loss(plain); kind = lambda t: t.model.config.text_config._attn_implementation
-    monkeypatch.setattr(tita.dpo, "attention_seconds", lambda *args: dict(sdpa=2., flex_attention=1.))
-    flex = make(measure_attention=True); found = loss(flex)
+        with torch.no_grad():
+            return trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(list(trainer.get_train_dataloader().dataset)))).item()
+    plain = make()
+    wanted = loss(plain)
+    kind = lambda t: t.model.config.text_config._attn_implementation
+    monkeypatch.setattr(tita.train.dpo, "attention_seconds", lambda *args: dict(sdpa=2., flex_attention=1.))
+    flex = make(measure_attention=True)
+    found = loss(flex)
     assert abs(found - wanted) <= 1e-5 * abs(wanted) and kind(plain) == "sdpa" and kind(flex) == "flex_attention" and flex.model.config.vision_config._attn_implementation == "sdpa"
     assert plain_model(flex).config.text_config._attn_implementation == "sdpa"
 
@@ -229,16 +264,25 @@ def test_flex_attention_where_it_is_faster(tmp_path, monkeypatch):
 def test_processors_and_models_that_do_not_see(tmp_path):
     "A tokenizer without the image token, and a model without a vision tower."
     from tita.core import TitaError
-    from tita.train import train_dpo
-    model, processor = tiny_llava(); pairs = [dict(image=Image.new("RGB", (8, 8)), prompt="?", chosen="yes", rejected="no")]; settings = dict(output_dir=tmp_path / "run", max_steps=1, report_to="none", use_cpu=True, overwrite=True)
+    from tita.train.recipes import train_dpo
+    model, processor = tiny_llava()
+    pairs = [dict(image=Image.new("RGB", (8, 8)), prompt="?", chosen="yes", rejected="no")]
+    settings = dict(output_dir=tmp_path / "run", max_steps=1, report_to="none", use_cpu=True, overwrite=True)
     words = {w: i for i, w in enumerate(w for w in processor.tokenizer.get_vocab() if w != "<image>")}
-    blind = copy.deepcopy(processor); tok = Tokenizer(models.WordLevel(words, unk_token="<unk>")); tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit(); blind.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
-    with pytest.raises(TitaError, match="does not know the image token '<image>'"): train_dpo(model, blind, pairs, **settings)
+    blind = copy.deepcopy(processor)
+    tok = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    blind.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
+    with pytest.raises(TitaError, match="does not know the image token '<image>'"):
+        train_dpo(model, blind, pairs, **settings)
     from transformers import LlamaConfig, LlamaForCausalLM
     text = LlamaForCausalLM(LlamaConfig(vocab_size=len(words) + 1, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
-    with pytest.raises(TitaError, match="no vision tower"): train_dpo(text, processor, pairs, **settings)
-    with pytest.raises(TitaError, match="no processor"): train_dpo(model, processor.tokenizer, pairs, **settings)
-    with pytest.raises(TitaError, match="no pairs|empty"): train_dpo(model, processor, [], **settings)
+    with pytest.raises(TitaError, match="no vision tower"):
+        train_dpo(text, processor, pairs, **settings)
+    with pytest.raises(TitaError, match="no processor"):
+        train_dpo(model, processor.tokenizer, pairs, **settings)
+    with pytest.raises(TitaError, match="no pairs|empty"):
+        train_dpo(model, processor, [], **settings)
 
 
 # what the seeds' scripts say: method, and settings by their names here
@@ -252,13 +296,15 @@ PUBLISHED = dict(tita=("dpo", SEVA | dict(per_device_train_batch_size=8, use_pef
 def test_published_settings(name, tmp_path):
     "Each YAML is read by tita-train as it stands (but for what only a GPU has), and says what was published."
     import yaml
-    from tita.train import parse
-    method, wanted = PUBLISHED[name]; there = yaml.safe_load((ROOT / f"scripts/params/{name}.yaml").read_text())
+    from tita.train.recipes import parse
+    method, wanted = PUBLISHED[name]
+    there = yaml.safe_load((ROOT / f"scripts/params/{name}.yaml").read_text())
     assert (ROOT / there["deepspeed"]).exists() and Path(there.pop("deepspeed")).stem == wanted["deepspeed"] and there["bf16"] and there["gradient_checkpointing"]
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(there | dict(bf16=False, tf32=False)))
     data, args, model = parse(method, ["--config", str(tmp_path / "p.yaml"), "--pairs", "a.jsonl", "--images", "images"])
     for key, value in wanted.items():
-        if key != "deepspeed" and value is not None: assert getattr(args, key, getattr(model, key, None)) == value, key
+        if key != "deepspeed" and value is not None:
+            assert getattr(args, key, getattr(model, key, None)) == value, key
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == wanted.get("per_device_train_batch_size", 32) and data.chat_template == "v1" and model.use_peft == wanted.get("use_peft", True)
 
 
@@ -269,14 +315,23 @@ def test_published_settings(name, tmp_path):
         "srun --kill-on-bad-exit=1 torchrun --nnodes 2 --nproc_per_node 4 --rdzv_id 7 --rdzv_backend c10d --rdzv_endpoint node1:29500 --no-python tita-train dpo")], ids=["deepspeed", "torchrun", "accelerate", "slurm"])
 def test_launchers(script, env, wanted, tmp_path):
     "What the scripts start, with programs that only say how they were called."
-    (tmp_path / "bin").mkdir(); (tmp_path / "scripts/params").mkdir(parents=True); (tmp_path / "scripts/params/tita.yaml").write_text(""); (tmp_path / "scripts" / script).write_text((ROOT / "scripts" / script).read_text())
-    for name in ("deepspeed", "torchrun", "accelerate", "srun", "tita-train"): (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
-    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n"); (tmp_path / "pairs.jsonl").write_text(""); (tmp_path / "pictures").mkdir()
-    for p in (tmp_path / "bin").iterdir(): p.chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "scripts/params").mkdir(parents=True)
+    (tmp_path / "scripts/params/tita.yaml").write_text("")
+    (tmp_path / "scripts" / script).write_text((ROOT / "scripts" / script).read_text())
+    for name in ("deepspeed", "torchrun", "accelerate", "srun", "tita-train"):
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n")
+    (tmp_path / "pairs.jsonl").write_text("")
+    (tmp_path / "pictures").mkdir()
+    for p in (tmp_path / "bin").iterdir():
+        p.chmod(0o755)
     command = lambda **more: subprocess.run(["bash", tmp_path / "scripts" / script, "--beta", "0.2"], env=dict(PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin", PAIRS="pairs.jsonl", IMAGES="pictures") | env | more, capture_output=True, text=True)
-    run = command(); assert run.returncode == 0, run.stderr
+    run = command()
+    assert run.returncode == 0, run.stderr
     assert run.stdout.strip().startswith(wanted) and "--config scripts/params/tita.yaml --pairs pairs.jsonl --images pictures" in run.stdout and "--beta 0.2" in run.stdout and ("--resume" in run.stdout) == (script == "slurm_dpo.sh")
-    if script == "run_dpo.sh": assert command(PAIRS="none.jsonl").returncode == 2 and "none.jsonl is missing" in command(PAIRS="none.jsonl").stderr and command(LAUNCHER="mpi").returncode == 2
+    if script == "run_dpo.sh":
+        assert command(PAIRS="none.jsonl").returncode == 2 and "none.jsonl is missing" in command(PAIRS="none.jsonl").stderr and command(LAUNCHER="mpi").returncode == 2
 
 
 @pytest.mark.parametrize("mode", ["P", "CMYK", "I;16", "LA", "1"])
@@ -284,8 +339,9 @@ def test_images_of_odd_modes_train(mode, tmp_path):
     model, processor = tiny_llava()
     base = Image.new("L", (60, 40), 90)
     image = {"CMYK": lambda: base.convert("CMYK"), "I;16": lambda: Image.new("I;16", (60, 40), 30000)}.get(mode, lambda: base.convert(mode))()
-    file = tmp_path / f"a.{'jpg' if mode == 'CMYK' else 'png'}"; image.save(file)
-    from tita.train import train_dpo
+    file = tmp_path / f"a.{'jpg' if mode == 'CMYK' else 'png'}"
+    image.save(file)
+    from tita.train.recipes import train_dpo
     pairs = [dict(image=im, prompt="Is there a ball in the image?", chosen="yes", rejected="no") for im in (str(file), image)]
     _, history = train_dpo(model, processor, pairs, output_dir=tmp_path / "run", max_steps=1, logging_steps=1, report_to="none", use_cpu=True)
     assert history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
@@ -293,23 +349,32 @@ def test_images_of_odd_modes_train(mode, tmp_path):
 
 def test_turned_and_animated_images(tmp_path):
     "An EXIF rotation is applied, and of an animation the first frame is seen."
-    from tita.images import ImageStore
-    _, processor = tiny_llava(); store = ImageStore(processor)
-    scene = make_scenes(1, seed=8)[0].image; exif = scene.getexif(); exif[0x0112] = 6; scene.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    from tita.train.images import ImageStore
+    _, processor = tiny_llava()
+    store = ImageStore(processor)
+    scene = make_scenes(1, seed=8)[0].image
+    exif = scene.getexif()
+    exif[0x0112] = 6
+    scene.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
     scene.save(tmp_path / "moving.webp", save_all=True, append_images=[Image.new("RGB", scene.size)], lossless=True)
     clean, turned, moving = (store.inputs([store.add(x)])["pixel_values"] for x in (scene, str(tmp_path / "turned.png"), str(tmp_path / "moving.webp")))
-    torch.testing.assert_close(turned, clean); torch.testing.assert_close(moving, clean)
+    torch.testing.assert_close(turned, clean)
+    torch.testing.assert_close(moving, clean)
 
 
 def test_no_space_left(folder, tmp_path):
     "On a small file system: a clear error, and what is left is not taken for a checkpoint."
-    small = tmp_path / "small"; small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", small], capture_output=True).returncode: pytest.skip("needs the right to mount")
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
     try:
-        argv = flags(folder, "unused", "--save_steps", 1, "--max_steps", 4); argv[argv.index("--output_dir") + 1] = str(small / "run")
+        argv = flags(folder, "unused", "--save_steps", 1, "--max_steps", 4)
+        argv[argv.index("--output_dir") + 1] = str(small / "run")
         code, text = finish(start(argv))
         assert code == 2 and "no space left" in text and "Traceback" not in text, text[-3000:]
-        from tita.trainer import last_checkpoint
+        from tita.train.training_runs import last_checkpoint
         assert last_checkpoint(small / "run") is None or Path(last_checkpoint(small / "run"), "model.safetensors").stat().st_size > 1e6
         assert not (small / "run" / "metrics.json").exists()
-    finally: subprocess.run(["umount", small])
+    finally:
+        subprocess.run(["umount", small])

@@ -5,13 +5,14 @@
 import copy, json, os, sys
 from pathlib import Path
 
-os.environ.setdefault("TQDM_DISABLE", "1"); os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed, torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, DPOTrainer
-from tita.dpo import PrefixSharedDPOConfig, PrefixSharedDPOTrainer
+from tita.train.dpo import PrefixSharedDPOConfig, PrefixSharedDPOTrainer
 from test_train import as_dataset, rows, tiny_llava, tiny_qwen
 
 stage, folder = sys.argv[1], Path(sys.argv[2])
@@ -20,30 +21,42 @@ zero = dict(zero_optimization=dict(stage=int(stage[-1])), zero_allow_untested_op
 
 def noised(model, scale=0.02):
     "The same model a little elsewhere, so that a policy differs from its reference."
-    model = copy.deepcopy(model); g = torch.Generator().manual_seed(1)
+    model = copy.deepcopy(model)
+    g = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters(): p += scale * torch.randn(p.shape, generator=g)
+        for p in model.parameters():
+            p += scale * torch.randn(p.shape, generator=g)
     return model
 
 
 class Keep(TrainerCallback):
     "All weights of the engine's model, put together, before and after."
-    def __init__(self): self.weights = []
+    def __init__(self):
+        self.weights = []
     def look(self, model):
-        module = getattr(model, "module", model); found = {}
+        module = getattr(model, "module", model)
+        found = {}
         for name, p in module.named_parameters():
-            if not p.requires_grad: continue
-            with deepspeed.zero.GatheredParameters([p]): found[name.replace("_checkpoint_wrapped_module.", "")] = p.detach().float().clone()
+            if not p.requires_grad:
+                continue
+            with deepspeed.zero.GatheredParameters([p]):
+                found[name.replace("_checkpoint_wrapped_module.", "")] = p.detach().float().clone()
         self.weights.append(found)
-    def on_train_begin(self, args, state, control, model=None, **kwargs): self.look(model)
-    def on_train_end(self, args, state, control, model=None, **kwargs): self.look(model)
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.look(model)
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.look(model)
 
 
 def step(kind, build, lora):
     "One step; loss, margin, and the gradient of each weight."
     unset_hf_deepspeed_config()  # of the step before: under ZeRO-3 models would be born in parts
-    model, processor = build(); policy = noised(model); keep = Keep(); torch.manual_seed(0)
-    for n, p in policy.named_parameters(): p.requires_grad_("vision_tower" not in n and not ("visual" in n and "merger" not in n))
+    model, processor = build()
+    policy = noised(model)
+    keep = Keep()
+    torch.manual_seed(0)
+    for n, p in policy.named_parameters():
+        p.requires_grad_("vision_tower" not in n and not ("visual" in n and "merger" not in n))
     peft = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False) if lora else None
     usual = dict(output_dir=str(folder / kind), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], per_device_train_batch_size=3, max_steps=1, learning_rate=1.0, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0,
         optim="sgd", deepspeed=copy.deepcopy(zero), train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
@@ -57,11 +70,13 @@ def step(kind, build, lora):
 
 
 if __name__ == "__main__":
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False); found = {}
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    found = {}
     for build in tiny_llava, tiny_qwen:
         for lora in False, True:
             (l1, m1, g1), (l2, m2, g2) = step("trl", build, lora), step("ours", build, lora)
             scale = max(g.abs().max() for g in g1.values())
             found[f"{build.__name__}{'_lora' if lora else ''}"] = dict(loss=abs(l1 - l2) / abs(l1), margin=abs(m1 - m2), names=sorted(g1) == sorted(g2), scale=scale.item(), weights=len(g1),
                 gradient=max((g1[n] - g2[n]).abs().max() for n in g1 if n in g2).item() / scale.item())
-    if int(os.environ.get("RANK", 0)) == 0: (folder / f"{stage}.json").write_text(json.dumps(found, indent=1))
+    if int(os.environ.get("RANK", 0)) == 0:
+        (folder / f"{stage}.json").write_text(json.dumps(found, indent=1))

@@ -19,12 +19,16 @@ class TitaError(ValueError):
 # %% ../nbs/00_core.ipynb #e2de26e5
 def _explain(e: BaseException) -> tuple[str, int] | None:
     "The line and the exit code that a person should see for `e`; None if it is a defect and wants its traceback."
-    if isinstance(e, TitaError): return f"error: {e}", 2
-    if isinstance(e, KeyboardInterrupt): return "interrupted; nothing that was finished is lost: run the same command again to resume", 130
-    if isinstance(e, BrokenPipeError): return "", 141
+    if isinstance(e, TitaError):
+        return f"error: {e}", 2
+    if isinstance(e, KeyboardInterrupt):
+        return "interrupted; nothing that was finished is lost: run the same command again to resume", 130
+    if isinstance(e, BrokenPipeError):
+        return "", 141
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"error: no space left on the disk while writing {e.filename or 'a file'}; free some and run the same command again to resume", 2
-    if isinstance(e, PermissionError): return f"error: no permission for {e.filename}; choose another folder or change its rights", 2
+    if isinstance(e, PermissionError):
+        return f"error: no permission for {e.filename}; choose another folder or change its rights", 2
 
 # %% ../nbs/00_core.ipynb #b4dd3fc5
 def cli(
@@ -33,10 +37,13 @@ def cli(
     "Wrap a console script: no traceback for a mistake (exit code 2), a full disk (2) or Ctrl-C (130)."
     @functools.wraps(func)
     def wrapped(*args, **kwargs):
-        try: return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
         except (Exception, KeyboardInterrupt) as e:
-            if (told := _explain(e)) is None: raise
-            if told[0]: print(told[0], file=sys.stderr)
+            if (told := _explain(e)) is None:
+                raise
+            if told[0]:
+                print(told[0], file=sys.stderr)
             raise SystemExit(told[1]) from None
     return wrapped
 
@@ -71,8 +78,10 @@ def set_seed(
 ):
     "Seed `random`, and numpy and torch where they are already imported."
     random.seed(seed)
-    if "numpy" in sys.modules: sys.modules["numpy"].random.seed(seed % 2**32)
-    if "torch" in sys.modules: sys.modules["torch"].manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #3783f277
 def write_text(
@@ -80,19 +89,26 @@ def write_text(
     text: str, # the content
 ) -> Path: # the path
     "Write a text file atomically (temporary file, fsync, rename)."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as f:
-            f.write(text); f.flush(); os.fsync(f.fileno())
-        os.chmod(tmp, 0o666 & ~_umask()); os.replace(tmp, path)
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(tmp, 0o666 & ~_umask())
+        os.replace(tmp, path)
     except BaseException:
-        with contextlib.suppress(OSError): os.unlink(tmp)
+        with contextlib.suppress(OSError):
+            os.unlink(tmp)
         raise
     return path
 
 def _umask() -> int:
-    mask = os.umask(0o022); os.umask(mask); return mask
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 # %% ../nbs/00_core.ipynb #f739501a
 def write_json(
@@ -105,10 +121,14 @@ def write_json(
 # %% ../nbs/00_core.ipynb #2c6f918a
 def _row(text: str, keys) -> dict:
     "One line as a row, or a ValueError with the reason."
-    try: row = json.loads(text)
-    except json.JSONDecodeError as e: raise ValueError(f"not JSON ({e.msg} at column {e.colno})") from None
-    if not isinstance(row, dict): raise ValueError(f"a row is a JSON object, this is a {type(row).__name__}")
-    if missing := [k for k in keys if k not in row]: raise ValueError(f"no key {', '.join(map(repr, missing))} (found: {', '.join(row) or 'none'})")
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"not JSON ({e.msg} at column {e.colno})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a row is a JSON object, this is a {type(row).__name__}")
+    if missing := [k for k in keys if k not in row]:
+        raise ValueError(f"no key {', '.join(map(repr, missing))} (found: {', '.join(row) or 'none'})")
     return row
 
 # %% ../nbs/00_core.ipynb #aa29bf68
@@ -119,17 +139,22 @@ def iter_jsonl(
 ): # pairs of line number (from 1) and row
     "Walk through a JSON Lines file, row by row. Raises `TitaError` naming file and line."
     path = Path(path)
-    try: f = open(path, "rb")
-    except FileNotFoundError: raise TitaError(f"{path}: no such file; check the path") from None
-    except IsADirectoryError: raise TitaError(f"{path}: is a folder; name a JSON Lines file") from None
+    try:
+        f = open(path, "rb")
+    except FileNotFoundError:
+        raise TitaError(f"{path}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise TitaError(f"{path}: is a folder; name a JSON Lines file") from None
     with f:
         for n, raw in enumerate(f, 1):
             try:
                 text = (raw.removeprefix(b"\xef\xbb\xbf") if n == 1 else raw).decode("utf-8").strip()
-                if text: yield n, _row(text, keys)
+                if text:
+                    yield n, _row(text, keys)
             except ValueError as e:
                 reason = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else str(e)
-                if bad is None: raise TitaError(f"{path}:{n}: {reason}; mend or remove the line") from None
+                if bad is None:
+                    raise TitaError(f"{path}:{n}: {reason}; mend or remove the line") from None
                 bad(n, raw.decode("utf-8", "replace").rstrip("\r\n"), reason)
 
 # %% ../nbs/00_core.ipynb #759c3254
@@ -148,50 +173,74 @@ class JsonlWriter:
         self._key = key if callable(key) or key is None else lambda row: row[key]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab+")
-        try: self._lock(); self._recover()
-        except BaseException: self._file.close(); raise
+        try:
+            self._lock()
+            self._recover()
+        except BaseException:
+            self._file.close()
+            raise
 
     def _lock(self):
-        try: import fcntl
-        except ImportError: return
-        try: fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise TitaError(f"{self.path}: another process is writing to it; wait for it or choose another file") from None
+        try:
+            import fcntl
+        except ImportError:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TitaError(f"{self.path}: another process is writing to it; wait for it or choose another file") from None
 
     def _recover(self):
         "Cut a torn last line off, and collect the keys of the rows that are there."
-        self._file.seek(0); good = 0
+        self._file.seek(0)
+        good = 0
         for raw in self._file:
-            if not raw.endswith(b"\n"): break
+            if not raw.endswith(b"\n"):
+                break
             good += len(raw)
-        self._file.truncate(good); self._file.seek(good)
-        for _, row in iter_jsonl(self.path): self._count(row)
+        self._file.truncate(good)
+        self._file.seek(good)
+        for _, row in iter_jsonl(self.path):
+            self._count(row)
 
     def _count(self, row):
         self.rows += 1
-        if self._key: self.done.add(self._key(row))
+        if self._key:
+            self.done.add(self._key(row))
 
-    def close(self): self._file.close()
-    def __enter__(self): return self
-    def __exit__(self, *exc): self.close()
+    def close(self):
+        self._file.close()
+    def __enter__(self):
+        return self
+    def __exit__(self, *exc):
+        self.close()
 
 # %% ../nbs/00_core.ipynb #9c41d2f3
 @patch
 def append(self: JsonlWriter, rows):
     "Hand rows to the operating system: a kill of the process loses none of them, a loss of power may before `sync`."
     rows = list(rows)
-    self._file.write(b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in rows)); self._file.flush()
-    for row in rows: self._count(row)
+    self._file.write(b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in rows))
+    self._file.flush()
+    for row in rows:
+        self._count(row)
 
 @patch
-def sync(self: JsonlWriter): "Wait until everything is on the disk."; os.fsync(self._file.fileno())
+def sync(self: JsonlWriter):
+    "Wait until everything is on the disk."
+    os.fsync(self._file.fileno())
 
 @patch
 def write_many(self: JsonlWriter, rows):
     "Append a batch of rows and sync once."
-    if rows := list(rows): self.append(rows); self.sync()
+    if rows := list(rows):
+        self.append(rows)
+        self.sync()
 
 @patch
-def write(self: JsonlWriter, row): "Append one row and sync."; self.write_many([row])
+def write(self: JsonlWriter, row):
+    "Append one row and sync."
+    self.write_many([row])
 
 # %% ../nbs/00_core.ipynb #58388bba
 IMAGE_SUFFIXES = ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".JPG", ".JPEG", ".PNG"
@@ -202,12 +251,15 @@ def image_path(
 ) -> Path: # the file, inside the folder
     "Find an image in its folder. Raises `TitaError` if it is missing or outside."
     root = Path(root)
-    if not isinstance(name, str) or not name: raise TitaError(f"image name {name!r} is not a path relative to {root}; name a file in it")
-    if Path(name).is_absolute() or ".." in Path(name).parts: raise TitaError(f"image {name!r} leaves its folder {root}; use a path relative to it without '..'")
+    if not isinstance(name, str) or not name:
+        raise TitaError(f"image name {name!r} is not a path relative to {root}; name a file in it")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise TitaError(f"image {name!r} leaves its folder {root}; use a path relative to it without '..'")
     path = root/name
     for cand in (path, *(path.with_name(path.name + s) for s in IMAGE_SUFFIXES), *(path.with_suffix(s) for s in IMAGE_SUFFIXES if path.suffix)):
         if cand.is_file():
-            if not cand.resolve().is_relative_to(root.resolve()): raise TitaError(f"image {name!r} is a link that leaves its folder {root}; copy the file into it")
+            if not cand.resolve().is_relative_to(root.resolve()):
+                raise TitaError(f"image {name!r} is a link that leaves its folder {root}; copy the file into it")
             return cand
     raise TitaError(f"image {name!r} is not in {root}; " + ("check the name" if root.is_dir() else "there is no such folder"))
 
@@ -216,10 +268,12 @@ def _to_rgb(im):
     "Any mode as RGB: transparency on white, 16-bit grey scaled to 8."
     from PIL import Image
     if im.mode in ("I", "F") or im.mode.startswith("I;16"):
-        lo, hi = im.getextrema(); hi = 65535 if hi > 255 else 255
+        lo, hi = im.getextrema()
+        hi = 65535 if hi > 255 else 255
         im = im.convert("F").point(lambda v: v * (255 / hi)).convert("L")
     if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
-        im = im.convert("RGBA"); ground = Image.new("RGBA", im.size, "white")
+        im = im.convert("RGBA")
+        ground = Image.new("RGBA", im.size, "white")
         im = Image.alpha_composite(ground, im)
     return im.convert("RGB")
 
@@ -231,13 +285,19 @@ def open_image(
     from PIL import Image, ImageOps, UnidentifiedImageError
     name = getattr(source, "name", source)
     try:
-        with Image.open(source) as im: return _to_rgb(ImageOps.exif_transpose(im))
-    except FileNotFoundError: raise TitaError(f"{name}: no such image; check the path") from None
-    except IsADirectoryError: raise TitaError(f"{name}: is a folder; name an image file") from None
-    except UnidentifiedImageError: raise TitaError(f"{name}: not an image that Pillow can read; check or replace the file") from None
-    except Image.DecompressionBombError: raise TitaError(f"{name}: too many pixels to be safe; make it smaller") from None
+        with Image.open(source) as im:
+            return _to_rgb(ImageOps.exif_transpose(im))
+    except FileNotFoundError:
+        raise TitaError(f"{name}: no such image; check the path") from None
+    except IsADirectoryError:
+        raise TitaError(f"{name}: is a folder; name an image file") from None
+    except UnidentifiedImageError:
+        raise TitaError(f"{name}: not an image that Pillow can read; check or replace the file") from None
+    except Image.DecompressionBombError:
+        raise TitaError(f"{name}: too many pixels to be safe; make it smaller") from None
     except (OSError, SyntaxError, ValueError) as e:
-        if isinstance(e, OSError) and e.errno: raise
+        if isinstance(e, OSError) and e.errno:
+            raise
         raise TitaError(f"{name}: the image is damaged ({e}); replace the file") from None
 
 # %% ../nbs/00_core.ipynb #408f2993
@@ -249,10 +309,13 @@ def prepare_output(
     "Make a run's folder. Raises `TitaError` if something is in it and neither option is set."
     import shutil
     path = Path(path)
-    if resume and overwrite: raise TitaError("resume and overwrite exclude each other; choose one")
-    if path.exists() and not path.is_dir(): raise TitaError(f"{path}: is a file; name a folder")
+    if resume and overwrite:
+        raise TitaError("resume and overwrite exclude each other; choose one")
+    if path.exists() and not path.is_dir():
+        raise TitaError(f"{path}: is a file; name a folder")
     if path.is_dir() and any(path.iterdir()) and not resume:
-        if not overwrite: raise TitaError(f"{path}: the folder is not empty; resume it (--resume), replace it (--overwrite) or name another")
+        if not overwrite:
+            raise TitaError(f"{path}: the folder is not empty; resume it (--resume), replace it (--overwrite) or name another")
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -268,6 +331,7 @@ def run_info(
     "What made a run: enough to repeat it, nothing that tells who ran it or where."
     versions = {}
     for p in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError): versions[p] = importlib.metadata.version(p)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[p] = importlib.metadata.version(p)
     return dict(commit=_git("rev-parse", "HEAD"), changed=bool(_git("status", "--porcelain", "--untracked-files=no")), python=platform.python_version(),
         versions=versions, system=f"{platform.system()} {platform.machine()}", cpus=os.cpu_count(), time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))

@@ -15,9 +15,11 @@ def _check_folder(name):
     "A folder must hold a configuration and safetensors; anything else is taken for a hub name."
     path = Path(name).expanduser()
     if not path.is_dir():
-        if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1: raise TitaError(f"{name}: no such folder; name a model folder or a hub model (owner/name)")
+        if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+            raise TitaError(f"{name}: no such folder; name a model folder or a hub model (owner/name)")
         return str(name)
-    if not (path/"config.json").is_file(): raise TitaError(f"{name}: no config.json, so not a model folder; name the folder that `save_pretrained` wrote")
+    if not (path/"config.json").is_file():
+        raise TitaError(f"{name}: no config.json, so not a model folder; name the folder that `save_pretrained` wrote")
     if not any(path.glob("*.safetensors")):
         pickles = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
         raise TitaError(f"{name}: " + ("the weights are pickles, which can run code; convert them to safetensors with `save_pretrained`" if pickles
@@ -28,7 +30,8 @@ def _explain_load(name, e):
     "What a failed load means to a person."
     from huggingface_hub import constants
     text = str(e).splitlines()[0] if str(e) else type(e).__name__
-    if "gated" in text.lower() or "401" in text: return TitaError(f"{name}: the hub refuses it without a login; accept its licence there and set HF_TOKEN")
+    if "gated" in text.lower() or "401" in text:
+        return TitaError(f"{name}: the hub refuses it without a login; accept its licence there and set HF_TOKEN")
     if constants.HF_HUB_OFFLINE or any(w in str(e) for w in ("offline", "connect", "resolve", "cached files")):
         return TitaError(f"{name}: cannot be downloaded (no network, or offline mode) and is not in the cache; download it where there is a network "
             f"(`hf download {name} --local-dir models/{Path(str(name)).name}`) and name that folder")
@@ -45,13 +48,18 @@ def load_vlm(
     "Load a vision-language model from safetensors. Raises `TitaError` that says what to do."
     import torch
     from transformers import AutoModelForImageTextToText
-    source = _check_folder(name); spread = device == "auto" or "tp_plan" in kwargs
-    if device == "auto": kwargs["device_map"] = "auto"
-    try: model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **kwargs)
+    source = _check_folder(name)
+    spread = device == "auto" or "tp_plan" in kwargs
+    if device == "auto":
+        kwargs["device_map"] = "auto"
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **kwargs)
     except (OSError, ValueError, ImportError, KeyError) as e:
-        if isinstance(e, OSError) and e.errno: raise
+        if isinstance(e, OSError) and e.errno:
+            raise
         raise _explain_load(name, e) from None
-    if not spread and "quantization_config" not in kwargs: model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not spread and "quantization_config" not in kwargs:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval()
 
 # %% ../nbs/02_models.ipynb #cc53d044
@@ -64,9 +72,11 @@ def load_processor(
     path = Path(name).expanduser()
     if path.is_dir() and not any((path/f).is_file() for f in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")):
         raise TitaError(f"{name}: no processor here; save it beside the model with `processor.save_pretrained`")
-    try: return AutoProcessor.from_pretrained(str(name), trust_remote_code=trust_remote_code)
+    try:
+        return AutoProcessor.from_pretrained(str(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as e:
-        if isinstance(e, OSError) and e.errno: raise
+        if isinstance(e, OSError) and e.errno:
+            raise
         raise _explain_load(name, e) from None
 
 # %% ../nbs/02_models.ipynb #cbeb95ea
@@ -77,14 +87,17 @@ def chat_prompt(
     system: str | None = None, # instructions before the question
 ) -> str: # the text up to where the answer starts
     "The prompt for one question. Raises `TitaError` for an empty question or a processor without a template."
-    if not isinstance(question, str) or not question.strip(): raise TitaError("the question is empty; ask something")
-    if not getattr(processor, "chat_template", None): raise TitaError("the processor has no chat template; set `processor.chat_template`, or take the one of the -hf version of the model")
+    if not isinstance(question, str) or not question.strip():
+        raise TitaError("the question is empty; ask something")
+    if not getattr(processor, "chat_template", None):
+        raise TitaError("the processor has no chat template; set `processor.chat_template`, or take the one of the -hf version of the model")
     turn = {"role": "user", "content": [{"type": "image"}] * int(image) + [{"type": "text", "text": question}]}
     system = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     return processor.apply_chat_template([*system, turn], add_generation_prompt=True, tokenize=False)
 
 # %% ../nbs/02_models.ipynb #06dffae9
-def _tokenizer(processor): return getattr(processor, "tokenizer", processor)
+def _tokenizer(processor):
+    return getattr(processor, "tokenizer", processor)
 
 def vocab_size(model) -> int:
     "How many columns the model's logits have."
@@ -96,10 +109,13 @@ def check_pair(
 ) -> int: # how many tokens both have
     "Raise `TitaError` unless every token that both have is the same word."
     a, b = (_tokenizer(p).get_vocab() for p in (base_processor, reward_processor))
-    if a == b: return len(a)
-    other = {i: w for w, i in b.items()}; n = min(len(a), len(b))
+    if a == b:
+        return len(a)
+    other = {i: w for w, i in b.items()}
+    n = min(len(a), len(b))
     wrong = [(i, w, other.get(i)) for w, i in sorted(a.items(), key=lambda kv: kv[1]) if i < n and other.get(i) != w]
-    if not wrong: return n
+    if not wrong:
+        return n
     i, w, v = wrong[0]
     raise TitaError(f"the tokenizers of base and reward differ: token {i} is {w!r} in the one and {v!r} in the other ({len(wrong)} of {n} differ); take two models of one family")
 
@@ -108,14 +124,18 @@ def vision_tower(model):
     "The module that looks at images, or None for a model of text alone."
     for owner in (model, getattr(model, "model", None)):
         for name in ("vision_tower", "visual", "vision_model"):
-            if getattr(owner, name, None) is not None: return getattr(owner, name)
+            if getattr(owner, name, None) is not None:
+                return getattr(owner, name)
 
 def same_tower(a, b) -> bool:
     "Do two models have vision towers with equal weights, read at the same layer?"
     ta, tb = vision_tower(a), vision_tower(b)
-    if ta is None or tb is None: return False
-    if ta is tb: return True
+    if ta is None or tb is None:
+        return False
+    if ta is tb:
+        return True
     for key in ("vision_feature_layer", "vision_feature_select_strategy"):
-        if getattr(a.config, key, None) != getattr(b.config, key, None): return False
+        if getattr(a.config, key, None) != getattr(b.config, key, None):
+            return False
     sa, sb = ta.state_dict(), tb.state_dict()
     return sa.keys() == sb.keys() and all(x.shape == y.shape and x.dtype == y.dtype and bool((x == y.to(x.device)).all()) for x, y in zip(sa.values(), sb.values()))
