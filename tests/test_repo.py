@@ -193,6 +193,54 @@ def test_form_only_gets_better(path):
     more = {rule: places for rule, places in style.broken(path).items() if len(places) > owed.get(rule, 0)}
     assert not more, "\n".join(place for places in more.values() for place in places)
 
+## Time
+
+CLOCKS = {"time", "perf_counter", "monotonic", "process_time", "thread_time"}
+TIMES = re.compile(r"took|elapsed|seconds|duration|latency|waited|queued|ttft", re.I)
+
+def names_in(tree):
+    "Names, attributes and keys that an expression reads."
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Name):
+            yield n.id
+        elif isinstance(n, ast.Attribute):
+            yield n.attr
+        elif isinstance(n, ast.Constant) and isinstance(n.value, str):
+            yield n.value
+
+def is_time(tree):
+    "Does it read a clock, or something that is called like a time?"
+    calls = {getattr(n.func, "attr", getattr(n.func, "id", "")) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    return bool(CLOCKS & calls) or any(TIMES.search(name) for name in names_in(tree))
+
+def is_number(tree):
+    return isinstance(tree, ast.Constant) and isinstance(tree.value, (int, float)) and not isinstance(tree.value, bool)
+
+def time_limits(tree):
+    "Lines that assert a time to be below a number. That a time is at least so long is no race: a wait is never shorter."
+    for check in (n for n in ast.walk(tree) if isinstance(n, ast.Assert)):
+        for n in (n for n in ast.walk(check.test) if isinstance(n, ast.Compare)):
+            for left, op, right in zip([n.left, *n.comparators], n.ops, n.comparators):
+                less, more = (left, right) if isinstance(op, (ast.Lt, ast.LtE)) else (right, left)
+                if isinstance(op, (ast.Lt, ast.LtE, ast.Gt, ast.GtE)) and is_number(more) and is_time(less):
+                    yield check.lineno
+
+@pytest.mark.parametrize("code, found", [
+    ("assert took < 2", True), ("assert 3 > min(took)", True), ("assert perf_counter() - start <= 1", True), ("assert r['seconds'] < .5", True),
+    ("assert paced['seconds'] > .4", False), ("assert reply.ttft < reply.seconds", False), ("assert rows < 5", False)])
+def test_time_limits_are_seen(code, found):
+    assert bool([*time_limits(ast.parse(code))]) == found
+
+@each(NOTEBOOKS)
+def test_notebook_asserts_no_time(nb):
+    "On a machine with other work any limit is too short."
+    assert not (bad := [str(c) for c in nb.cells for s in c.body for _ in time_limits(s)]), f"{nb.name}: {bad}"
+
+@pytest.mark.parametrize("path", sorted((ROOT/"tests").glob("*.py")), ids=lambda p: p.name)
+def test_tests_assert_no_time(path):
+    lines = [*time_limits(ast.parse(path.read_text(encoding="utf-8")))]
+    assert not lines, f"{path.name}: a time is asserted in lines {lines}; wait for an event"
+
 ## Packaging
 
 def imported_packages(path):
