@@ -6,7 +6,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/"scripts"))
-import check_docs, make_readme
+import check_docs
+import make_readme
+import run_notebook as runner
 
 ## setup.sh
 
@@ -167,6 +169,43 @@ def test_unknown_parameter_and_file_are_refused(tmp_path):
     assert "no parameter scene; it has scenes" in (run := run_notebook(nb, tmp_path/"b.ipynb", "-p", "scene", "3")).stderr and run.returncode == 2
     assert "nope.yaml" in (run := run_notebook(nb, tmp_path/"b.ipynb", "-f", tmp_path/"nope.yaml")).stderr and run.returncode == 2
     assert not (tmp_path/"b.ipynb").exists()
+
+@pytest.mark.parametrize("default, given, found", [
+    ([.25, 1.], "[0.5, 1]", [.5, 1]), ([.25], [1, 2], [1, 2]), (["a"], "['b']", ["b"]), (1.5, "2", 2), (1.5, "3e-4", 3e-4), (1, "41", 41),
+    ("x", "41", "41"), (False, "True", True), (False, "false", False), ([0, 1], "[]", [])])
+def test_parameters_are_read_as_their_defaults(default, given, found):
+    got = runner.fitting("a", given, default)
+    assert got == found and type(got) is type(found)
+
+@pytest.mark.parametrize("default, given", [
+    ([.25], "0.5"), ([.25], "0.5,1"), ([.25], "[0.5, x]"), ([.25], ["a"]), ([.25], "[true]"), (1, "1.5"), (1, "one"), (1, True), (1.5, "nan"),
+    (1.5, "three"), ("x", 3), ("x", None), (False, "1"), (False, 1), ([1], "[" * 5000)])
+def test_parameters_of_another_kind_are_refused(default, given):
+    with pytest.raises(ValueError, match="parameter a = .*such as"):
+        runner.fitting("a", given, default)
+
+@pytest.mark.parametrize("notebook", sorted((ROOT/"nbs/runs").glob("*.ipynb")), ids=lambda p: p.name)
+def test_every_run_is_checked_before_it_works(notebook, tmp_path):
+    "A wrong kind for each parameter in turn, and the notebook's own defaults, which must pass."
+    known = runner.defaults(str(notebook))
+    assert "out" in known and runner.parameters(str(notebook), [], []) == {}
+    for name, default in known.items():
+        assert runner.fitting(name, default, default) == default
+        with pytest.raises(ValueError, match=f"parameter {name} = "):
+            (tmp_path/"wrong.yaml").write_text(json.dumps({name: 1 if isinstance(default, str) else "x y"}))
+            runner.parameters(str(notebook), [tmp_path/"wrong.yaml"], [])
+
+def test_wrong_parameter_costs_no_work(tmp_path):
+    nb = notebook(tmp_path/"a.ipynb", "lams = [0.25]", f"open({str(tmp_path/'worked')!r}, 'w')")
+    run = run_notebook(nb, tmp_path/"b.ipynb", "-p", "lams", "0.5")
+    assert run.returncode == 2 and "lams = '0.5': it is a list, such as [0.25]" in run.stderr
+    assert not (tmp_path/"worked").exists() and not (tmp_path/"b.ipynb").exists()
+    assert run_notebook(nb, tmp_path/"b.ipynb", "-p", "lams", "[0.5, 1]").returncode == 0 and (tmp_path/"worked").exists()
+
+def test_broken_file_of_parameters_is_told(tmp_path):
+    (tmp_path/"p.yaml").write_text("a: [1\n")
+    run = run_notebook(notebook(tmp_path/"a.ipynb", "a = 1"), tmp_path/"b.ipynb", "-f", tmp_path/"p.yaml")
+    assert run.returncode == 2 and "p.yaml: no YAML" in run.stderr
 
 ## bench_gpu.sh
 
