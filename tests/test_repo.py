@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/"scripts"))
-import style
+import check_docs, style
 CONFIG = ConfigParser(delimiters=["="], interpolation=None)
 CONFIG.read(ROOT/"settings.ini", encoding="utf-8")
 CFG = CONFIG["DEFAULT"]
@@ -177,6 +177,11 @@ def test_run_notebook_is_for_papermill(nb):
     assert len(tagged) == 1, f"{nb.name}: {len(tagged)} cells are tagged `parameters`; papermill needs one"
     assert all(isinstance(s, (ast.Assign, ast.AnnAssign, ast.Expr)) for s in tagged[0].body), f"{nb.name}: the parameters cell may only assign"
     assert "skip_exec: true" in "".join(c.source for c in nb.cells[:2]), f"{nb.name}: say `- skip_exec: true` below the title; nbdev_test would run all of it"
+
+def test_links_lead_somewhere():
+    "In the repository; scripts/check_docs.py looks at the site, too."
+    wrong = [*check_docs.source_problems(ROOT/"nbs", f"{CFG['git_url'] % CFG}/blob/{CFG['branch']}/")]
+    assert not wrong, wrong
 
 def test_ids_are_unique():
     ids = [(n.name, c.raw["id"]) for n in NOTEBOOKS for c in n.cells]

@@ -217,8 +217,10 @@ def test_figures_of_a_gpu_need_one(tmp_path):
 
 ## make_readme.py
 
-@pytest.mark.parametrize("link, seen", [("../nbs/03_views.ipynb", "nbs/03_views.ipynb"), ("../results/a.png", "results/a.png"), ("#top", "#top"),
-                                        ("https://example.com/a", "https://example.com/a"), ("runs/demo.ipynb#a", "nbs/runs/demo.ipynb#a"), ("../../x", "x")])
+@pytest.mark.parametrize("link, seen", [
+    ("../nbs/03_views.ipynb", "nbs/03_views.ipynb"), ("../results/a.png", "results/a.png"), ("#top", "#top"), ("../../x", "x"),
+    ("https://example.com/a", "https://example.com/a"), ("runs/demo.ipynb#a", "nbs/runs/demo.ipynb#a"),
+    (make_readme.REPOSITORY + "results/a.md", "results/a.md")])
 def test_readme_links_are_seen_from_the_root(link, seen):
     assert make_readme.from_root(link) == seen
 
@@ -244,16 +246,21 @@ def site(tmp_path):
     (root/"_quarto.yml").write_text("metadata-files: [nbdev.yml, sidebar.yml]\n")
     (root/"nbdev.yml").write_text("website: {site-url: 'https://example.com/tita'}\n")
     (root/"sidebar.yml").write_text("website: {sidebar: {contents: [a.qmd, {section: s, contents: [b.qmd]}]}}\n")
-    (root/"a.qmd").write_text("---\ntitle: a\noutput-file: first.html\n---\n\n## One thing\n\n[b](b.qmd#its-heading) [out](https://example.com/tita/b.html#its-heading) @see2020\n\n::: {.callout-note}\nx\n:::\n")
+    links = "[b](b.qmd#its-heading) [out](https://example.com/tita/b.html#its-heading) @see2020"
+    head = "---\ntitle: a\noutput-file: first.html\n---\n\n## One thing\n\n"
+    (root/"a.qmd").write_text(f"{head}{links}\n\n::: {{.callout-note}}\nx\n:::\n")
     (root/"b.qmd").write_text("---\ntitle: b\n---\n\n## Its heading\n\n[a](first.html#one-thing)\n")
     return root
 
 def test_docs_without_mistakes_pass(site):
     assert check_docs.check(site) == []
 
-@pytest.mark.parametrize("text, problem", [("[x](nowhere.html)", "broken link nowhere.html"), ("[x](a.qmd#nothing)", "no anchor a.qmd#nothing"),
-    ("[x](https://example.com/tita/first.html#gone)", "no anchor https://example.com/tita/first.html#gone"), ("@fig-none", "unresolved @fig-none"),
-    ("::: {.callout-hint}\nx\n:::", "unknown callout callout-hint"), (":::: {.callout-note}\nx", "b.qmd"), ("![x](gone.png)", "broken link gone.png")])
+@pytest.mark.parametrize("text, problem", [
+    ("[x](nowhere.html)", "broken link nowhere.html"), ("[x](a.qmd#nothing)", "no anchor a.qmd#nothing"),
+    ("[x](https://example.com/tita/first.html#gone)", "no anchor https://example.com/tita/first.html#gone"),
+    ("[x](../_proc/sidebar.yml)", "../_proc/sidebar.yml leaves the site"), ("@fig-none", "unresolved @fig-none"),
+    ("::: {.callout-hint}\nx\n:::", "unknown callout callout-hint"), (":::: {.callout-note}\nx", "b.qmd"),
+    ("![x](gone.png)", "broken link gone.png")])
 def test_docs_mistakes_are_found(site, text, problem):
     with (site/"b.qmd").open("a") as f:
         f.write(f"\n\n{text}\n")
@@ -264,3 +271,17 @@ def test_docs_sidebar_holds_each_page_once(site):
     (site/"c.qmd").write_text("---\ntitle: c\n---\n")
     (site/"sidebar.yml").write_text("website: {sidebar: {contents: [a.qmd, a.qmd, b.qmd, gone.qmd]}}\n")
     assert check_docs.check(site) == ["sidebar.yml: gone.qmd is no page", "sidebar.yml lacks c.qmd; add it to nbs/sidebar.yml", "sidebar.yml has a.qmd twice"]
+
+@pytest.mark.parametrize("link, problem", [
+    ("b.ipynb#x", None), ("https://example.com/x", None), ("https://git.example/r/blob/main/results/a.md", None), ("#here", None),
+    ("b.html", "is a page of the site only"), ("gone.ipynb", "is not in the repository"),
+    ("https://git.example/r/blob/main/results/gone.md", "is not in the repository")])
+def test_links_of_notebooks_lead_somewhere_in_the_repository(tmp_path, link, problem):
+    (tmp_path/"results").mkdir()
+    (tmp_path/"results/a.md").write_text("a")
+    (tmp_path/"nbs").mkdir()
+    for name, text in (("a", f"see [b]({link}), and `[c](not.html)`"), ("b", "x")):
+        (tmp_path/f"nbs/{name}.ipynb").write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": text}]}))
+    found = [*check_docs.source_problems(tmp_path/"nbs", "https://git.example/r/blob/main/")]
+    assert found == ([f"a.ipynb: {link} {problem}"] if problem and "only" not in problem else found)
+    assert bool(found) == bool(problem) and all(problem in f for f in found)
