@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/"scripts"))
-import style
+import check_docs, style
 CONFIG = ConfigParser(delimiters=["="], interpolation=None)
 CONFIG.read(ROOT/"settings.ini", encoding="utf-8")
 CFG = CONFIG["DEFAULT"]
@@ -178,6 +178,11 @@ def test_run_notebook_is_for_papermill(nb):
     assert all(isinstance(s, (ast.Assign, ast.AnnAssign, ast.Expr)) for s in tagged[0].body), f"{nb.name}: the parameters cell may only assign"
     assert "skip_exec: true" in "".join(c.source for c in nb.cells[:2]), f"{nb.name}: say `- skip_exec: true` below the title; nbdev_test would run all of it"
 
+def test_links_lead_somewhere():
+    "In the repository; scripts/check_docs.py looks at the site, too."
+    wrong = [*check_docs.source_problems(ROOT/"nbs", f"{CFG['git_url'] % CFG}/blob/{CFG['branch']}/")]
+    assert not wrong, wrong
+
 def test_ids_are_unique():
     ids = [(n.name, c.raw["id"]) for n in NOTEBOOKS for c in n.cells]
     assert len(set(ids)) == len(ids)
@@ -193,7 +198,65 @@ def test_form_only_gets_better(path):
     more = {rule: places for rule, places in style.broken(path).items() if len(places) > owed.get(rule, 0)}
     assert not more, "\n".join(place for places in more.values() for place in places)
 
+## Time
+
+CLOCKS = {"time", "perf_counter", "monotonic", "process_time", "thread_time"}
+TIMES = re.compile(r"took|elapsed|seconds|duration|latency|waited|queued|ttft", re.I)
+
+def names_in(tree):
+    "Names, attributes and keys that an expression reads."
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Name):
+            yield n.id
+        elif isinstance(n, ast.Attribute):
+            yield n.attr
+        elif isinstance(n, ast.Constant) and isinstance(n.value, str):
+            yield n.value
+
+def is_time(tree):
+    "Does it read a clock, or something that is called like a time?"
+    calls = {getattr(n.func, "attr", getattr(n.func, "id", "")) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    return bool(CLOCKS & calls) or any(TIMES.search(name) for name in names_in(tree))
+
+def is_number(tree):
+    return isinstance(tree, ast.Constant) and isinstance(tree.value, (int, float)) and not isinstance(tree.value, bool)
+
+def time_limits(tree):
+    "Lines that assert a time to be below a number. That a time is at least so long is no race: a wait is never shorter."
+    for check in (n for n in ast.walk(tree) if isinstance(n, ast.Assert)):
+        for n in (n for n in ast.walk(check.test) if isinstance(n, ast.Compare)):
+            for left, op, right in zip([n.left, *n.comparators], n.ops, n.comparators):
+                less, more = (left, right) if isinstance(op, (ast.Lt, ast.LtE)) else (right, left)
+                if isinstance(op, (ast.Lt, ast.LtE, ast.Gt, ast.GtE)) and is_number(more) and is_time(less):
+                    yield check.lineno
+
+@pytest.mark.parametrize("code, found", [
+    ("assert took < 2", True), ("assert 3 > min(took)", True), ("assert perf_counter() - start <= 1", True), ("assert r['seconds'] < .5", True),
+    ("assert paced['seconds'] > .4", False), ("assert reply.ttft < reply.seconds", False), ("assert rows < 5", False)])
+def test_time_limits_are_seen(code, found):
+    assert bool([*time_limits(ast.parse(code))]) == found
+
+@each(NOTEBOOKS)
+def test_notebook_asserts_no_time(nb):
+    "On a machine with other work any limit is too short."
+    assert not (bad := [str(c) for c in nb.cells for s in c.body for _ in time_limits(s)]), f"{nb.name}: {bad}"
+
+@pytest.mark.parametrize("path", sorted((ROOT/"tests").glob("*.py")), ids=lambda p: p.name)
+def test_tests_assert_no_time(path):
+    lines = [*time_limits(ast.parse(path.read_text(encoding="utf-8")))]
+    assert not lines, f"{path.name}: a time is asserted in lines {lines}; wait for an event"
+
 ## Packaging
+
+def imported_packages(path):
+    "Top-level names that a file imports, each with whether a plain import of the file needs it."
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((a.name.split(".")[0], id(node) not in inside) for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0], id(node) not in inside
 
 def test_import_is_light():
     "The package itself holds a version and nothing else: what is heavy is imported by the module that needs it."

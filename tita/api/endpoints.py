@@ -11,7 +11,7 @@ import difflib, os, re, tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
-from ..core import TitaError
+from ..core import TitaError, shipped
 
 # %% ../../nbs/api/30_endpoints.ipynb #57c4e26a
 class Secret:
@@ -135,15 +135,15 @@ def read_providers(
 
 # %% ../../nbs/api/30_endpoints.ipynb #b5806332
 def default_providers() -> Path:
-    "The file that comes with the project: data/providers.toml beside the package."
-    return Path(globals().get("__file__", "../../tita/api/endpoints.py")).resolve().parent.parent.parent/"data"/"providers.toml"
+    "The file that comes with the package."
+    return shipped("providers.toml")
 
 def load_providers(
     *files, # of your own; later ones win
     default: bool = True, # start from the project's file and the one in TITA_PROVIDERS
 ) -> dict: # tables "providers", "models" and "aliases"
     "Lay provider files over each other, entry by entry."
-    first = [f for f in (default_providers(), os.environ.get("TITA_PROVIDERS")) if f and (f != default_providers() or f.is_file())] if default else []
+    first = [f for f in (default_providers(), os.environ.get("TITA_PROVIDERS")) if f] if default else []
     merged = dict(providers={}, models={}, aliases={})
     for path in (*first, *files):
         for kind, table in read_providers(path).items():
