@@ -109,6 +109,12 @@ def _image(question: dict, folder):
             "say in which folder it is (images=...)")
     return image_path(folder, image)
 
+def _rows(questions, texts, errors) -> tuple[list, list]: # answered rows, (question_id, error) of the others
+    keep = "question_id", "scene", "kind", "truth"
+    asked = list(zip(questions, texts, errors))
+    answered = [{k: q[k] for k in keep if k in q} | {"answer": text} for q, text, error in asked if not error]
+    return answered, [(q["question_id"], error) for q, _, error in asked if error]
+
 def _ask_once(ask, images, texts) -> tuple: # texts, errors
     "Equal questions about one image are asked once: POPE's splits share those about objects that are there."
     keys = [(im if isinstance(im, (str, Path)) else id(im), t) for im, t in zip(images, texts)]
@@ -118,12 +124,6 @@ def _ask_once(ask, images, texts) -> tuple: # texts, errors
     return [said[place[k]] for k in keys], [errors[place[k]] for k in keys]
 
 # %% ../../nbs/eval/61_evaluation.ipynb #a6109c03
-def _rows(questions, texts, errors) -> tuple[list, list]: # answered rows, (question_id, error) of the others
-    keep = "question_id", "scene", "kind", "truth"
-    asked = list(zip(questions, texts, errors))
-    answered = [{k: q[k] for k in keep if k in q} | {"answer": text} for q, text, error in asked if not error]
-    return answered, [(q["question_id"], error) for q, _, error in asked if error]
-
 def evaluate(
     model, # an `AlignedDecoder`, or a function (images, questions) -> texts
     questions: Sequence[dict], # rows of `scene_questions`, `pope_file` or `question_file`
@@ -146,7 +146,7 @@ def evaluate(
             failed += lost
             bar.update(len(part))
     if failed:
-        (name, why), *_ = failed
-        raise TitaError(f"{len(failed)} of {len(questions)} questions failed, the first {name!r}: {why}; "
+        first, why = failed[0]
+        raise TitaError(f"{len(failed)} of {len(questions)} questions failed, the first {first!r}: {why}; "
             "what was answered is kept, run again for the rest")
     return [answers.rows[q["question_id"]] for q in questions]
