@@ -140,8 +140,7 @@ def evaluate(
         bar.update(len(questions) - len(todo))
         for start in range(0, len(todo), chunk):
             part = todo[start:start + chunk]
-            said = _ask_once(ask, [_image(q, images) for q in part], [q["text"] for q in part])
-            answered, lost = _rows(part, *said)
+            answered, lost = _rows(part, *_ask_once(ask, [_image(q, images) for q in part], [q["text"] for q in part]))
             answers.add(answered)
             failed += lost
             bar.update(len(part))
