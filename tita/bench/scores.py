@@ -249,7 +249,8 @@ def _per_token(r) -> float | None:
 def _times(ok) -> dict:
     "Percentiles of all times of the answers."
     times = dict(latency=(r["response_time"] for r in ok),
-        latency_with_retries=(r["total_time"] + r["queued"] for r in ok), ttft=(r["ttft"] for r in ok), ttfat=(r["ttfat"] for r in ok), itl=(t for r in ok for t in r["itl"]),
+        latency_with_retries=(r["total_time"] + r["queued"] for r in ok),
+        ttft=(r["ttft"] for r in ok), ttfat=(r["ttfat"] for r in ok), itl=(t for r in ok for t in r["itl"]),
         tpot=(_per_token(r) for r in ok))
     return {name: percentiles(values) for name, values in times.items()}
 
@@ -277,7 +278,7 @@ def _money(rows, right: float) -> dict | None:
 # %% ../../nbs/bench/72_scores.ipynb #e97c0e7c
 def _tokens(ok) -> dict:
     "Tokens of the answers, in all and for each."
-    total = dict(input=sum(r["input_tokens"] for r in ok), output=sum(r["output_tokens"] for r in ok))
+    total = {k: sum(r[f"{k}_tokens"] for r in ok) for k in ("input", "output")}
     each = {k: n / len(ok) for k, n in total.items()} if ok else None
     return dict(tokens=dict(total, estimated=any(r["tokens_estimated"] for r in ok)), tokens_per_answer=each)
 
@@ -295,8 +296,7 @@ def summarise(
     match: str = "find", # how answers are compared
 ) -> dict:
     "Everything about one system."
-    ok = [r for r in rows if r["success"]]
-    accuracy = _accuracy(rows, match)
+    ok, accuracy = [r for r in rows if r["success"]], _accuracy(rows, match)
     kinds = sorted({r["kind"] for r in rows if r["kind"]})
     by_kind = {k: _accuracy([r for r in rows if r["kind"] == k], match) for k in kinds}
     right = accuracy["value"] / 100 * accuracy["n"] if accuracy else 0
