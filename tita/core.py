@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'TitaError', 'cli', 'progress', 'stable_hash', 'seed_for', 'set_seed', 'write_text', 'write_json',
-           'iter_jsonl', 'read_jsonl', 'JsonlWriter', 'image_path', 'open_image', 'prepare_output', 'run_info',
-           'shipped']
+           'iter_jsonl', 'read_jsonl', 'JsonlWriter', 'image_path', 'open_image', 'data_url', 'prepare_output',
+           'run_info', 'shipped']
 
 # %% ../nbs/00_core.ipynb #b51c0115
 import contextlib, errno, functools, hashlib, importlib.metadata, importlib.util, json, os
@@ -307,6 +307,20 @@ def open_image(
         if isinstance(e, OSError) and e.errno:
             raise
         raise TitaError(f"{name}: the image is damaged ({e}); replace the file") from None
+
+# %% ../nbs/00_core.ipynb #5d7a40e2
+def data_url(
+    image, # a Pillow image, or the bytes of a file
+    media: str = "image/png", # its media type
+    **options, # of Pillow's `save`
+) -> str: # data:image/png;base64,...
+    "An image as the text that stands for it in a request or a page."
+    import base64, io
+    if not isinstance(image, bytes):
+        out = io.BytesIO()
+        image.save(out, media.partition("/")[2], **options)
+        image = out.getvalue()
+    return f"data:{media};base64,{base64.b64encode(image).decode()}"
 
 # %% ../nbs/00_core.ipynb #408f2993
 def prepare_output(
