@@ -367,7 +367,9 @@ def _read_flags(parser, argv: list) -> tuple:
         if odd := set(settings) - {a.dest for a in parser._actions}:
             raise _unknown(sorted(odd)[0], parser, file)
         parser.set_defaults_with_config(**settings)
-    if parser.parse_known_args(argv)[0].deepspeed:
+    if settings := parser.parse_known_args(argv)[0].deepspeed:
+        if isinstance(settings, str) and not Path(settings).is_file():
+            raise TitaError(f"--deepspeed {settings}: no such file; scripts/deepspeed has some")
         launched_alone()
     try:
         *read, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
