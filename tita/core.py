@@ -128,6 +128,8 @@ def _row(text: str, keys) -> dict:
         row = json.loads(text)
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON ({e.msg} at column {e.colno})") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read (nested too deeply)") from None
     if not isinstance(row, dict):
         raise ValueError(f"a row is a JSON object, this is a {type(row).__name__}")
     if missing := [k for k in keys if k not in row]:

@@ -16,7 +16,7 @@ from transformers import LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..core import TitaError, open_image
 from ..views import View
-from .sources import find_image
+from ..rows import find_image
 
 # %% ../../nbs/data/41_batches.ipynb #81c3a341
 def pick_tokens(
