@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from ..core import TitaError, progress
+from ..models import answer_ids, prompt_ids
 from .images import ImageStore, backbone
 
 # %% ../../nbs/train/51_trees.ipynb #14fba630
@@ -194,12 +195,29 @@ def as_messages(
     row: dict, # a pair row, or a row of TRL's vision data sets
     answers=("chosen", "rejected"), # names of its answers
 ) -> tuple[list, dict]: # images, and prompt and answers as messages
-    "One row in TRL's conversational form."
+    "One row in TRL's conversational form. Raises `TitaError` where images and their places in messages differ."
     say = lambda role, text: [dict(role=role, content=text)] if isinstance(text, str) else text
     images = row["images"] if "images" in row else row.get("image")
     images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
-    texts = {"prompt": say("user", row["prompt"])} | {a: say("assistant", row[a]) for a in answers}
-    return images, {k: prepare_multimodal_messages(v, images=images if k == "prompt" else None) for k, v in texts.items()}
+    try:
+        prompt = prepare_multimodal_messages(say("user", row["prompt"]), images=images)
+        return images, {"prompt": prompt} | {a: prepare_multimodal_messages(say("assistant", row[a])) for a in answers}
+    except ValueError as e:
+        raise TitaError(str(e)) from None
+
+# %% ../../nbs/train/51_trees.ipynb #c0de0101
+def _rendered(processor, messages: list, known: dict) -> str:
+    "The prompt as the template writes it, up to where the answer starts; each one once."
+    key = str([(m["role"], [part.get("text", part["type"]) for part in m["content"]]) for m in messages])
+    if key not in known:
+        known[key] = apply_chat_template({"prompt": messages}, processor)["prompt"]
+    return known[key]
+
+def _answer_text(messages: list) -> str:
+    "What is said in an answer."
+    if len(messages) != 1 or any("text" not in part for part in messages[0]["content"]):
+        raise TitaError("an answer is one message of text; put what was said before it into the prompt")
+    return "".join(part["text"] for part in messages[0]["content"])
 
 # %% ../../nbs/train/51_trees.ipynb #09fe0804
 def encode_rows(
@@ -208,23 +226,21 @@ def encode_rows(
     answers=("chosen", "rejected"), # names of the answers in a row
 ) -> list[dict]: # per row: image_ids, prompt_ids (a placeholder for each image), and NAME_ids for each answer
     "Tokenise all rows at once. Raises `TitaError` for a row whose images and placeholders do not match."
-    texts, numbers, seen = [], [], {}
-    def render(prompt, answer):
-        "As the template writes them; few questions and answers are new."
-        if (key := repr((prompt, answer))) not in seen:
-            seen[key] = apply_chat_template({"prompt": prompt, "completion": answer}, store.processor)
-        return seen[key]
+    prompts, texts, numbers, known = [], [], [], {}
     for i, row in enumerate(progress(rows, "reading rows", unit="row")):
-        images, messages = as_messages(row, answers)
+        try:
+            images, messages = as_messages(row, answers)
+            texts += [_answer_text(messages[a]) for a in answers]
+        except TitaError as e:
+            raise TitaError(f"row {i}: {e}") from None
         numbers.append([store.add(im, row.get("view", "clean"), row.get("view_seed", 0)) for im in images])
-        rendered = [render(messages["prompt"], messages[a]) for a in answers]
-        texts.append([rendered[0]["prompt"], *(r["completion"] for r in rendered)])
-    ids = store.processor.tokenizer([t for row in texts for t in row], add_special_tokens=False)["input_ids"] if texts else []
-    names, k = ["prompt_ids", *(f"{a}_ids" for a in answers)], 1 + len(answers)
-    out = [dict(zip(names, ids[k*i:k*(i+1)])) | {"image_ids": n} for i, n in enumerate(numbers)]
+        prompts.append(_rendered(store.processor, messages["prompt"], known))
+    ids = iter(answer_ids(store.processor, texts))
+    out = [{"prompt_ids": prompt} | {f"{a}_ids": next(ids) for a in answers} | {"image_ids": seen}
+           for prompt, seen in zip(prompt_ids(store.processor, prompts), numbers)]
     for i, row in enumerate(out):
-        if (found := row["prompt_ids"].count(store.token_id)) != len(row["image_ids"]):
-            raise TitaError(f"row {i}: {len(row['image_ids'])} images but {found} image tokens in its prompt; one <image> each")
+        if (found := row["prompt_ids"].count(store.token_id)) != (n := len(row["image_ids"])):
+            raise TitaError(f"row {i}: {n} images but {found} image tokens in its prompt; one <image> each")
     return out
 
 # %% ../../nbs/train/51_trees.ipynb #001d4fca
