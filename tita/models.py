@@ -200,7 +200,8 @@ def check_pair(
         return n
     i, word = wrong[0]
     raise TitaError(f"the tokenizers of base and reward differ: token {i} is {word!r} in the one and "
-                    f"{other.get(i)!r} in the other ({len(wrong)} of {n} differ); take two models of one family")
+                    f"{other.get(i)!r} in the other ({len(wrong)} of {n} differ); "
+                    "take two models of one family")
 
 # %% ../nbs/02_models.ipynb #f599418a
 def vision_tower(model):

@@ -175,7 +175,7 @@ class TreeOptions:
     projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector, if it differs."})
     image_pad: bool = field(default=False, metadata={"help": "Pad images to a square before they are resized (LLaVA-1.5's image_aspect_ratio pad)."})
     too_long: str = field(default="error", metadata={"help": "What to do with rows longer than max_length (or the model's context): 'error' or 'drop'. Nothing is ever cut.", "choices": ["error", "drop"]})
-    feature_cache_gb: float = field(default=4.0, metadata={"help": "Main memory for features of the frozen tower, in GiB."})
+    feature_cache_gb: float = field(default=4.0, metadata={"help": "GiB of main memory for features of the frozen tower; the rest lies in memory-mapped files below TMPDIR."})
     image_cache_gb: float = field(default=1.0, metadata={"help": "Main memory for processed images, in GiB."})
     max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; None: the model's context."})
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Compute activations twice to save memory. None: on a GPU only."})
@@ -298,7 +298,7 @@ class TreeForward:
         "Before the trainer is built: freeze, and make store, cache and collator."
         freeze_vision(model, args.freeze_vision, args.freeze_projector)
         self.store = store or ImageStore(processor, image_root, int(args.image_cache_gb * 2**30), args.image_pad)
-        self.cache = TowerCache(model, int(args.feature_cache_gb * 2**30))
+        self.cache = TowerCache(model, int(args.feature_cache_gb * 2**30), self.store)
         args.max_length = args.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
         return TreeCollator(self.store, processor.tokenizer.pad_token_id or 0, args.share, mrope(model), lambda: self.cache.complete(len(self.store)), answers)
 
