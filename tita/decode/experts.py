@@ -17,7 +17,7 @@ from ..views import diffusion_noise
 from .cache import RaggedCache, written_out
 from ..core import TitaError
 from .graphs import Graphs, record_cuda, send
-from ..models import chat_prompt, same_tower, vision_tower, vocab_size
+from ..models import chat_prompt, opened, prompt_ids, same_tower, vision_tower, vocab_size
 
 # %% ../../nbs/decode/14_experts.ipynb #d7e8ab6a
 class Expert:
@@ -217,11 +217,7 @@ class Encoder:
         if not new:
             return
         texts = [self.text(*q) for q in new]
-        self.plain.update(zip(new, self.tokenizer(texts, add_special_tokens=self._adds(texts[0]), verbose=False)["input_ids"]))
-
-    def _adds(self, text: str) -> bool:
-        "Whether the tokenizer must begin the prompt, since the template does not."
-        return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+        self.plain.update(zip(new, prompt_ids(self.processor, texts)))
 
 # %% ../../nbs/decode/14_experts.ipynb #ff439392
 TEXT_KEYS = "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"
@@ -229,9 +225,9 @@ TEXT_KEYS = "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"
 @patch
 def _process(self: Encoder, texts: list[str], images: list) -> tuple[list, dict]:
     "The processor's ids and pixels."
-    out = self.processor(text=texts, images=images, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=self._adds(texts[0]))
+    out = self.processor(text=texts, images=images, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=False)
     ids = [row[keep.bool()].tolist() for row, keep in zip(out["input_ids"], out["attention_mask"])]
-    return ids, {k: v for k, v in out.items() if k not in TEXT_KEYS}
+    return opened(self.tokenizer, ids), {k: v for k, v in out.items() if k not in TEXT_KEYS}
 
 def _split(pixels: dict, n: int) -> list[dict] | None:
     "The pixels of `n` images, each by itself; None if it cannot be told which are whose."
