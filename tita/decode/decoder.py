@@ -16,7 +16,9 @@ from fastcore.basics import patch
 from PIL import Image
 from ..core import TitaError, image_path, progress, stable_hash
 from .engine import Engine, Output, Row
-from .experts import Encoder, Expert, TokenMap, share_towers
+from .experts import Expert, share_towers
+from .prompts import Encoder
+from .vocabularies import TokenMap
 from .guidance import FORMS, Guidance
 from .pace import Pace
 from .speculation import SpeculativeEngine
