@@ -7,9 +7,8 @@ __all__ = ['AlignedDecoder', 'grouped']
 
 # %% ../../nbs/decode/18_decoder.ipynb #14b77008
 import copy, warnings
-from functools import lru_cache
 from collections.abc import Callable, Iterable, Iterator
-from importlib import import_module
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 import torch
@@ -17,7 +16,9 @@ from fastcore.basics import patch
 from PIL import Image
 from ..core import TitaError, image_path, progress, stable_hash
 from .engine import Engine, Output, Row
-from .experts import Encoder, Expert, TokenMap, share_towers
+from .experts import Expert, share_towers
+from .prompts import Encoder
+from .vocabularies import TokenMap
 from .guidance import FORMS, Guidance
 from ..models import answer_ids, check_pair, load_processor, load_vlm, vision_tower
 from .sampling import Sampling
