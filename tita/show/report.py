@@ -323,7 +323,8 @@ SYSTEMS = dict(  # name in metrics.json -> how it is called, what it is
     reward=("small model after DPO", "The small model alone, after it learned preferences by DPO."),
     ratio=("aligned, ratio", "The large model plus λ times the reward of each word."),
     bounded=("aligned, bounded", "The same within limits: the reward is clipped, so that it cannot overrule a large "
-        "model that is sure, and it counts the less, the further apart the large model and the small one before DPO are."),
+        "model that is sure, and it counts the less, the further apart the large model and the small one before DPO "
+        "are."),
     interpolate=("aligned, interpolated", "A weighted mean of the log-probabilities of the large and the small model."),
     interpolate_before=("control: mean before DPO", "The same mean with the small model before it learned preferences: "
         "what averaging two models brings by itself."),
