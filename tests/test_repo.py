@@ -11,6 +11,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/"scripts"))
 import check_docs, style
+import yaml
 CONFIG = ConfigParser(delimiters=["="], interpolation=None)
 CONFIG.read(ROOT/"settings.ini", encoding="utf-8")
 CFG = CONFIG["DEFAULT"]
@@ -177,6 +178,29 @@ def test_run_notebook_is_for_papermill(nb):
     assert len(tagged) == 1, f"{nb.name}: {len(tagged)} cells are tagged `parameters`; papermill needs one"
     assert all(isinstance(s, (ast.Assign, ast.AnnAssign, ast.Expr)) for s in tagged[0].body), f"{nb.name}: the parameters cell may only assign"
     assert "skip_exec: true" in "".join(c.source for c in nb.cells[:2]), f"{nb.name}: say `- skip_exec: true` below the title; nbdev_test would run all of it"
+
+def in_sidebar(entries):
+    for e in entries:
+        if isinstance(e, str):
+            yield e
+        else:
+            yield from in_sidebar(e.get("contents", []))
+
+def test_every_notebook_can_be_reached():
+    "The sidebar has each once; the first page of the site names every room's first page."
+    sidebar = yaml.safe_load((ROOT/"nbs/sidebar.yml").read_text())["website"]["sidebar"]["contents"]
+    listed = [*in_sidebar(sidebar)]
+    assert sorted(listed) == sorted(n.name for n in NOTEBOOKS), "nbs/sidebar.yml does not hold each notebook once"
+    rooms = {f"{room_of(m)}/index.ipynb" for m in MODULES if room_of(m)}
+    named = {*check_docs.source_links(ROOT/"nbs/index.ipynb")}
+    assert rooms <= named, f"nbs/index.ipynb does not link to {sorted(rooms - named)}"
+
+def test_architecture_shows_the_edges():
+    "The page's table says what EDGES says, for the rooms that there are."
+    page = next(n for n in NOTEBOOKS if n.name == "explanations/architecture.ipynb")
+    rows = re.findall(r"^\| \[(\w+)\]\(\.\./\w+/index\.ipynb\) \|[^|]*\| ([^|]*) \|$", "\n".join(c.source for c in page.cells), re.M)
+    shown = {room: set(used.split(", ")) - {"-"} for room, used in rows}
+    assert shown == {room: EDGES[room] for m in MODULES if (room := room_of(m))}
 
 def test_links_lead_somewhere():
     "In the repository; scripts/check_docs.py looks at the site, too."
