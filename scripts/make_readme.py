@@ -52,7 +52,7 @@ def fenced(
 def outputs(
     cell: dict, # a code cell
 ):  # yields blocks of markdown
-    "Printed text and results. Images belong into results/, linked from a markdown cell: as text they would not survive."
+    "Printed text and results. Images belong into results/, linked from a markdown cell: they cannot be text."
     for o in cell.get("outputs", []):
         data = o.get("data", {})
         if o["output_type"] == "error":
