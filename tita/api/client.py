@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'STATUS', 'MOST', 'Settings', 'encode_image', 'make_body', 'estimate_tokens', 'Kind', 'Trouble',
            'retry_after', 'what_was_said', 'refused', 'name_trouble', 'Reply', 'after_thought', 'read_content',
            'read_usage', 'read_error', 'mend_text', 'run_async', 'read_json', 'read_reply', 'complete', 'limiter',
-           'open_session', 'Client', 'Failed', 'concurrently', 'EndpointAnswerer', 'check_server']
+           'open_session', 'Client', 'Failed', 'concurrently', 'check_server', 'EndpointAnswerer']
 
 # %% ../../nbs/api/32_client.ipynb #91421d0a
 import asyncio, email.utils, html, io, json, math, queue, random, re, ssl, threading, time
@@ -237,6 +237,9 @@ class Reply:
     done: bool = False # did the stream say that this is all?
     tools: bool = False # did it ask for a tool instead of answering?
     streamed: bool = False # did it come in pieces?
+    error: str | None = None # why there is no answer, for who takes answers as they come
+    kind: str | None = None # the name of that, see KINDS
+    question: dict | None = None # the row that it answers
 
     @property
     def ttft(self) -> float | None:
@@ -556,7 +559,7 @@ def hide(self: Client, text: str) -> str:
 @patch
 def pause(self: Client, k: int) -> float:
     "Seconds before retry `k`, counted from 0."
-    return self.settings.backoff * 2**k * self._rng.uniform(.5, 2)
+    return min(self.settings.backoff * 2**k * self._rng.uniform(.5, 2), self.settings.max_wait)
 
 @patch
 async def try_once(self: Client, body: dict) -> tuple[Reply | None, Trouble | None, dict]:
@@ -611,11 +614,16 @@ def explain(self: Client, record: dict) -> str: # a sentence
     return KINDS.get(record["error"], Kind()).words.format(**facts)
 
 @patch
+def failure(self: Client, tries: list) -> Failed:
+    "The error for a question that these attempts left without an answer."
+    return Failed(self.explain(tries[-1]), tries[-1]["error"], tries)
+
+@patch
 async def get(self: Client, body: dict) -> Reply:
     "Ask, and raise `Failed` if there is no answer."
     reply, tries = await self.ask(body)
     if reply is None:
-        raise Failed(self.explain(tries[-1]), tries[-1]["error"], tries)
+        raise self.failure(tries)
     return reply
 
 # %% ../../nbs/api/32_client.ipynb #c0de0004
@@ -666,13 +674,26 @@ def _run_to_end(loop, task):
     finally:
         loop.close()
 
+# %% ../../nbs/api/32_client.ipynb #c0de000c
+def check_server(
+    endpoint: Endpoint, # whom to ask
+):
+    "Raise `TitaError` if nothing answers at an endpoint's address."
+    import httpx
+    try:
+        httpx.get(f"{endpoint.base_url}/models", timeout=10)
+    except (httpx.TransportError, httpx.InvalidURL) as e:
+        why = f"no connection to {endpoint.base_url} ({type(e).__name__}); is the server running, and the address right?"
+        raise TitaError(why) from None
+
 # %% ../../nbs/api/32_client.ipynb #c0de0008
 @dataclass
 class EndpointAnswerer:
     "A model behind an endpoint that answers question rows."
     endpoint: Endpoint # whom to ask
     images: object = None # folder, or a mapping from name to Pillow image
-    settings: Settings = Settings(stream=False) # how
+    seed: int = field(default=0, kw_only=True) # noted in the rows
+    settings: Settings = field(default=Settings(stream=False), kw_only=True) # how
 
     def picture(self, row: dict):
         "The image of a row: a path, a Pillow image, or None."
@@ -685,44 +706,45 @@ class EndpointAnswerer:
         "The request for a row, with its image as data URL."
         return make_body(self.endpoint.model, row["text"], image, self.settings)
 
-    def row(self, row: dict, reply: Reply) -> dict:
-        "The row with its answer."
-        cut = {"finish": "length"} if reply.end == "length" else {}
-        return row | {"answer": reply.text.strip(), "model": self.endpoint.name} | cut
-
-    def failed(self, row: dict, error: TitaError) -> dict:
-        "The row with the reason why it has no answer."
-        return row | {"error": str(error), "error_kind": getattr(error, "kind", "image")}
+    def url(self, row: dict) -> str | None:
+        "The picture as data URL."
+        picture = self.picture(row)
+        return None if picture is None else encode_image(picture, self.settings.max_side)[0]
 
 # %% ../../nbs/api/32_client.ipynb #c0de0009
-def _url_of(answerer: EndpointAnswerer, row: dict) -> str | None:
-    picture = answerer.picture(row)
-    return encode_image(picture, answerer.settings.max_side)[0] if picture is not None else None
-
 @patch
-async def reply(self: EndpointAnswerer, client: Client, row: dict) -> Reply:
-    "Ask about one row. Raises `TitaError`."
-    url = await asyncio.to_thread(_url_of, self, row)
-    return await client.get(self.body(row, url))
+async def one(self: EndpointAnswerer, client: Client, row: dict) -> Reply:
+    "The answer to one row. Raises `TitaError`."
+    url = await asyncio.to_thread(self.url, row)
+    reply = await client.get(self.body(row, url))
+    return replace(reply, question=row)
 
 @patch
 def answers(self: EndpointAnswerer,
     questions, # rows with question_id, text, image
-): # rows, as they are finished: with `answer`, or with `error` and `error_kind`
+): # `Reply`s as they are finished, each with its `question`; `error` and its `kind` where there is no answer
     "Answer questions. Raises what concerns all of them."
-    for row, reply, error in concurrently(self.reply, questions, self.endpoint, self.settings):
+    check_server(self.endpoint)
+    for row, reply, error in concurrently(self.one, questions, self.endpoint, self.settings):
         if getattr(error, "everyone", False):
             raise error
-        yield self.failed(row, error) if error else self.row(row, reply)
+        yield Reply(error=str(error), kind=getattr(error, "kind", "image"), question=row) if error else reply
 
-# %% ../../nbs/api/32_client.ipynb #c0de000c
-def check_server(
-    endpoint: Endpoint, # whom to ask
-):
-    "Raise `TitaError` if nothing answers at an endpoint's address."
-    import httpx
-    try:
-        httpx.get(f"{endpoint.base_url}/models", timeout=10)
-    except (httpx.TransportError, httpx.InvalidURL) as e:
-        why = f"no connection to {endpoint.base_url} ({type(e).__name__}); is the server running, and the address right?"
-        raise TitaError(why) from None
+# %% ../../nbs/api/32_client.ipynb #c0de000e
+_KEPT = "question_id", "image", "text", "view", "sample", "failures"
+
+@patch
+def row(self: EndpointAnswerer, answer: Reply) -> dict:
+    "The row of a file for an answer, or for the lack of one."
+    q = answer.question
+    if answer.error is not None:
+        return {k: q[k] for k in _KEPT if k in q} | {"error": answer.error, "error_kind": answer.kind}
+    cut = {"finish": "length"} if answer.end == "length" else {}
+    return q | {"answer": answer.text.strip(), "model": self.endpoint.name, "seed": self.seed} | cut
+
+@patch
+def __call__(self: EndpointAnswerer, tasks):
+    "Answer tasks: yields lists of answer rows and of error rows, for `tita.data.answers.run_engine`."
+    for answer in self.answers(tasks):
+        row = self.row(answer)
+        yield ([row], []) if answer.error is None else ([], [row])
