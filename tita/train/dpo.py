@@ -198,22 +198,20 @@ class TreeOptions:
     bf16: bool | None = field(default=None, metadata={"help": "Mixed precision in bfloat16. None: on a GPU that has it."})
     measure_attention: bool | None = field(default=None, metadata={"help": "Measure on the first batch whether FlexAttention is faster than SDPA, and take what is. None: on a GPU, unless attn_implementation names one."})
 
-# %% ../../nbs/train/52_dpo.ipynb #52d0a005
-@patch
-def __post_init__(self: TreeOptions):
-    gpu = torch.cuda.is_available() and not self.use_cpu
-    self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-    if self.bf16 is None:
-        self.bf16 = gpu and torch.cuda.is_bf16_supported() and not self.fp16
-    if self.gradient_checkpointing is None:
-        self.gradient_checkpointing = gpu
-    if self.measure_attention is None:
-        self.measure_attention = gpu
-    if not gpu:
-        self.dataloader_pin_memory = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers has renamed an option that TRL sets
-        super(TreeOptions, self).__post_init__()
+    def __post_init__(self):
+        gpu = torch.cuda.is_available() and not self.use_cpu
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None:
+            self.bf16 = gpu and torch.cuda.is_bf16_supported() and not self.fp16
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = gpu
+        if self.measure_attention is None:
+            self.measure_attention = gpu
+        if not gpu:
+            self.dataloader_pin_memory = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers has renamed an option that TRL sets
+            super().__post_init__()
 
 # %% ../../nbs/train/52_dpo.ipynb #53b80751
 @dataclass
