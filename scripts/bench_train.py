@@ -1,10 +1,13 @@
-"""Pairs per second and peak memory of PrefixSharedDPOTrainer against TRL's DPOTrainer: the same model, rows and batches, in one run.
+"""Pairs per second and peak memory of PrefixSharedDPOTrainer against TRL's DPOTrainer, in one run.
 
-    python scripts/bench_train.py --out results/bench_train.json   # a LLaVA with 6 layers and 576 image tokens, in seconds on a CPU
-    python scripts/bench_train.py --model llava-hf/llava-1.5-7b-hf --dtype bfloat16 --lora 128 --batch 8   # on a GPU
+A LLaVA with 6 layers and 576 image tokens, in seconds on a CPU; and a real one on a GPU:
 
-One optimizer step of each trainer in turn, several times over (so that what else the machine does meets both), each with its own reference
-log-probabilities: TRL computes them in every step, we once before. Both times are reported, ours with that pass spread over its epochs.
+    python scripts/bench_train.py --out results/bench_train.json
+    python scripts/bench_train.py --model llava-hf/llava-1.5-7b-hf --dtype bfloat16 --lora 128 --batch 8
+
+Model, rows and batches are the same. One optimizer step of each trainer in turn, several times over (so that what else
+the machine does meets both), each with its own reference log-probabilities: TRL computes them in every step, we once
+before. Both times are reported, ours with that pass spread over its epochs.
 """
 import argparse, json, math, os, statistics, subprocess, sys, tempfile, time
 
@@ -18,23 +21,35 @@ from tita.core import write_text
 
 def synthetic(args):
     "A LLaVA of the real classes with random weights, and its processor."
-    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig,
+                              LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
     from tokenizers import Tokenizer, models, pre_tokenizers
-    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"] + [f"w{i}" for i in range(args.vocab - 7)]
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"]
+    words += [f"w{i}" for i in range(args.vocab - 7)]
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tok.add_special_tokens(words[:7])
-    tok = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    template = ("{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}{% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image' else c['text'] }}{% endfor %}"
-                "{{ ' </s>' if m['role'] == 'assistant' else ' ' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+    named = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tok = PreTrainedTokenizerFast(tokenizer_object=tok, **named)
+    template = ("{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
+                "{% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image' else c['text'] }}{% endfor %}"
+                "{{ ' </s>' if m['role'] == 'assistant' else ' ' }}{% endfor %}"
+                "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
     side = args.grid * 14
-    processor = LlavaProcessor(CLIPImageProcessorPil(size=dict(height=side, width=side), do_center_crop=False), tok, patch_size=14, vision_feature_select_strategy="default", chat_template=template,
-        image_token="<image>", num_additional_image_tokens=1)
+    pixels = CLIPImageProcessorPil(size=dict(height=side, width=side), do_center_crop=False)
+    processor = LlavaProcessor(pixels, tok, patch_size=14, vision_feature_select_strategy="default",
+                               chat_template=template, image_token="<image>", num_additional_image_tokens=1)
     torch.manual_seed(0)
-    config = LlavaConfig(image_token_id=4, vision_feature_layer=-2, image_seq_length=args.grid ** 2,
-        vision_config=CLIPVisionConfig(hidden_size=args.vision_hidden, intermediate_size=4 * args.vision_hidden, num_hidden_layers=args.vision_layers, num_attention_heads=args.vision_hidden // 32, image_size=side, patch_size=14),
-        text_config=LlamaConfig(vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=8 * args.hidden // 3, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
-            num_key_value_heads=args.hidden // 64, max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    vision = CLIPVisionConfig(
+        hidden_size=args.vision_hidden, intermediate_size=4 * args.vision_hidden, num_hidden_layers=args.vision_layers,
+        num_attention_heads=args.vision_hidden // 32, image_size=side, patch_size=14)
+    heads = args.hidden // 64
+    text = LlamaConfig(
+        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=8 * args.hidden // 3,
+        num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=heads,
+        max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=4, vision_feature_layer=-2,
+                         image_seq_length=args.grid ** 2)
     return LlavaForConditionalGeneration(config), processor
 
 
@@ -42,15 +57,19 @@ def rows(args, questions):
     "args.batch pairs about args.batch / questions images."
     g = torch.Generator().manual_seed(0)
     word = lambda n: " ".join(f"w{i}" for i in torch.randint(args.vocab - 7, (n,), generator=g).tolist())
-    images = [Image.effect_noise((args.grid * 14,) * 2, 60).convert("RGB") for _ in range(math.ceil(args.batch / questions))]
+    side, n = args.grid * 14, math.ceil(args.batch / questions)
+    images = [Image.effect_noise((side, side), 60).convert("RGB") for _ in range(n)]
     say = lambda role, n: [dict(role=role, content=word(n))]
-    return [dict(images=[images[i // questions]], prompt=say("user", args.question), chosen=say("assistant", args.answer), rejected=say("assistant", args.answer)) for i in range(args.batch)]
+    return [dict(images=[images[i // questions]], prompt=say("user", args.question),
+                 chosen=say("assistant", args.answer), rejected=say("assistant", args.answer))
+            for i in range(args.batch)]
 
 
 def as_dataset(pairs):
     from datasets import Dataset, Features, Image as ImageFeature, List, Value
     message = List({"role": Value("string"), "content": Value("string")})
-    return Dataset.from_dict({k: [r[k] for r in pairs] for k in pairs[0]}, features=Features(images=List(ImageFeature()), prompt=message, chosen=message, rejected=message))
+    features = Features(images=List(ImageFeature()), prompt=message, chosen=message, rejected=message)
+    return Dataset.from_dict({k: [r[k] for r in pairs] for k in pairs[0]}, features=features)
 
 
 def build(kind, args, model, processor, data, folder):
@@ -58,16 +77,21 @@ def build(kind, args, model, processor, data, folder):
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
     from tita.train.dpo import PrefixSharedDPOConfig, PrefixSharedDPOTrainer
-    usual = dict(output_dir=f"{folder}/{kind}", per_device_train_batch_size=args.batch, learning_rate=1e-6, report_to=[], use_cpu=not torch.cuda.is_available(), bf16=args.dtype == "bfloat16" and torch.cuda.is_available(),
-        gradient_checkpointing=args.gradient_checkpointing, dataloader_pin_memory=False)
-    peft = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj") if args.lora else None
+    cuda = torch.cuda.is_available()
+    usual = dict(output_dir=f"{folder}/{kind}", per_device_train_batch_size=args.batch, learning_rate=1e-6, report_to=[],
+                 use_cpu=not cuda, bf16=args.dtype == "bfloat16" and cuda,
+                 gradient_checkpointing=args.gradient_checkpointing, dataloader_pin_memory=False)
+    targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    peft = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules=targets) if args.lora else None
     model = copy.deepcopy(model)
+    more = dict(train_dataset=data, processing_class=processor, peft_config=peft)
     if kind == "trl":
         for p in model.model.vision_tower.parameters():
             p.requires_grad_(False)
-        return DPOTrainer(model, copy.deepcopy(model) if not args.lora else None, DPOConfig(max_length=None, **usual), train_dataset=data, processing_class=processor, peft_config=peft)
+        reference = None if args.lora else copy.deepcopy(model)
+        return DPOTrainer(model, reference, DPOConfig(max_length=None, **usual), **more)
     share = "image" if kind == "tree" else "pair"
-    return PrefixSharedDPOTrainer(model, None, PrefixSharedDPOConfig(share=share, **usual), data, processing_class=processor, peft_config=peft)
+    return PrefixSharedDPOTrainer(model, None, PrefixSharedDPOConfig(share=share, **usual), **more)
 
 
 def step(trainer):
@@ -103,10 +127,11 @@ def reference_flops(trainer):
 
 
 def peak(kind, args, questions, model, processor):
-    "Peak memory in MiB of building the trainer and one step, above the model: on a GPU here, on a CPU in a process of its own."
+    "Peak memory in MiB of building the trainer and one step, above the model; on a CPU in a process of its own."
     if not torch.cuda.is_available():
         argv = [a for a in sys.argv[1:]] + ["--memory", kind, "--questions", str(questions)]
-        return float(subprocess.run([sys.executable, __file__, *argv], check=True, capture_output=True, text=True).stdout.split()[-1])
+        run = subprocess.run([sys.executable, __file__, *argv], check=True, capture_output=True, text=True)
+        return float(run.stdout.split()[-1])
     with tempfile.TemporaryDirectory() as folder:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -130,7 +155,9 @@ def memory(args, model, processor):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in dict(layers=6, hidden=384, vocab=4000, grid=24, vision_layers=6, vision_hidden=128, question=24, answer=24, batch=4, repeats=5, epochs=2, lora=0).items():
+    sizes = dict(layers=6, hidden=384, vocab=4000, grid=24, vision_layers=6, vision_hidden=128, question=24, answer=24,
+                 batch=4, repeats=5, epochs=2, lora=0)
+    for name, value in sizes.items():
         ap.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     ap.add_argument("--questions", type=int, nargs="+", default=[1, 2], help="pairs about one image")
     ap.add_argument("--model", help="folder or hub name in place of the synthetic one")
@@ -167,13 +194,18 @@ def main():
             work = {k: flops(t) + (reference_flops(t) / args.epochs if k != "trl" else 0) for k, t in trainers.items()}
             rate = {k: args.batch / (seconds[k] + once[k] / args.epochs) for k in trainers}
             held = {k: peak(k, args, questions, model, processor) for k in trainers}
-        row = dict(questions=questions, pairs_per_second=rate, step_seconds=seconds, reference_seconds=once, flops=work, peak_mib=held, attention_seconds=trainers["tree"].attention, losses={k: v[0][2] for k, v in times.items()},
-            speedup={k: rate[k] / rate["trl"] for k in ("pair", "tree")}, bound={k: work["trl"] / work[k] for k in ("pair", "tree")})
+        ours = "pair", "tree"
+        row = dict(questions=questions, pairs_per_second=rate, step_seconds=seconds, reference_seconds=once, flops=work,
+                   peak_mib=held, attention_seconds=trainers["tree"].attention,
+                   losses={k: v[0][2] for k, v in times.items()}, speedup={k: rate[k] / rate["trl"] for k in ours},
+                   bound={k: work["trl"] / work[k] for k in ours})
         results.append(row)
         print(f"{questions} question(s) an image: " + ", ".join(f"{k} {rate[k]:.2f} pairs/s, {held[k]:.0f} MiB" for k in trainers)
             + f"; trees {row['speedup']['tree']:.2f}x over TRL (the count of operations: {row['bound']['tree']:.2f}x)"
             + (f"; attention to trees {costs(row)}" if row["attention_seconds"] else ""), flush=True)
-    report = dict(settings={k: v for k, v in vars(args).items() if k not in ("out", "memory")}, time="wall" if torch.cuda.is_available() else "CPU", results=results, info=run_info(), load=os.getloadavg()[0])
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "memory")}
+    report = dict(settings=settings, time="wall" if torch.cuda.is_available() else "CPU", results=results,
+                  info=run_info(), load=os.getloadavg()[0])
     if args.out:
         write_json(args.out, report)
         print(write_text(Path(args.out).with_suffix(".md"), table(report)))
@@ -212,7 +244,8 @@ def reference_pass(trainer):
     "Seconds of the reference's log-probabilities and, with an empty cache, the tower for the same rows."
     trainer.cache.kept.clear()
     trainer.cache.bytes = 0
-    batch = trainer._prepare_inputs(trainer.data_collator([dict(trainer.train_dataset[i]) for i in range(len(trainer.train_dataset))]))
+    examples = [dict(row) for row in trainer.train_dataset]
+    batch = trainer._prepare_inputs(trainer.data_collator(examples))
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     t = clock()
     trainer.compute_ref_log_probs(trainer.model, batch)

@@ -5,7 +5,8 @@
     python scripts/build_world.py --seed 1        one of them
     python scripts/build_world.py --out FOLDER    somewhere else (TITA_WORLD=FOLDER makes the package use it)
 """
-import argparse, shutil
+import argparse
+import shutil
 from pathlib import Path
 from tita.core import TitaError, cli
 
@@ -18,7 +19,8 @@ def main():
     p.add_argument("--overwrite", action="store_true")
     args = p.parse_args()
     for seed in args.seed:
-        if (folder := Path(args.out)/f"seed{seed}").exists() and not (folder/"part.json").exists():  # a part is continued
+        folder = Path(args.out)/f"seed{seed}"
+        if folder.exists() and not (folder/"part.json").exists():  # a part is continued
             if not args.overwrite:
                 raise TitaError(f"{folder} is there already; pass --overwrite to replace it, or another --out")
             shutil.rmtree(folder)

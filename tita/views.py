@@ -154,8 +154,9 @@ def rotate(
 # %% ../nbs/03_views.ipynb #51beea34
 _draw = {"pixel-diffusion": pixel_diffusion, "moco": moco, "crop": crop, "flip": flip, "rotate": rotate}
 VIEWS = {  # kind -> (where it acts, greatest number behind the name or None)
-    "clean": ("nowhere", None), "diffusion": ("tensor", 999), "pixel-diffusion": ("image", 999), "moco": ("image", None),
-    "crop": ("image", None), "flip": ("image", None), "rotate": ("image", 180), "none": ("source", None), "swap": ("source", None)}
+    "clean": ("nowhere", None), "diffusion": ("tensor", 999), "pixel-diffusion": ("image", 999),
+    "moco": ("image", None), "crop": ("image", None), "flip": ("image", None), "rotate": ("image", 180),
+    "none": ("source", None), "swap": ("source", None)}
 
 @dataclass(frozen=True)
 class View:
@@ -186,7 +187,8 @@ def parse_view(
     m = re.fullmatch(r"(.+?)(?:-(\d+))?", str(name))
     kind, value = m[1], m[2] and int(m[2])
     if kind not in VIEWS:
-        raise TitaError(f"view {name!r} is none of " + ", ".join(k if top is None else f"{k}-N" for k, (_, top) in VIEWS.items()))
+        known = [k if top is None else f"{k}-N" for k, (_, top) in VIEWS.items()]
+        raise TitaError(f"view {name!r} is none of {', '.join(known)}")
     if (top := VIEWS[kind][1]) is None and value is not None:
         raise TitaError(f"view {name!r} takes no number; write {kind}")
     if top is not None and (value is None or value > top):

@@ -15,6 +15,17 @@ from ..eval.metrics import per_scene, roc
 from ..train.trees import encode_rows, grow_trees, label_logps, mrope, tree_logits
 
 # %% ../../nbs/studies/81_reward_quality.ipynb #dd8734ae
+def _batch_rewards(models, rows: list, store: ImageStore, answers, beta: float) -> list[dict]:
+    "The implicit rewards of some encoded rows."
+    trees, starts, *where = grow_trees(rows, store, answers, positions=mrope(models[0]))
+    lines, groups = where
+    inputs = store.inputs([n for group in groups for n in group])
+    logps = [label_logps(*tree_logits(model, trees, starts, **inputs)) for model in models]
+    rewards = implicit_reward(*logps, beta).float().cpu().numpy()  # (N, A)
+    of = lambda row, answer, line: dict(tokens=row[f"{answer}_ids"], rewards=rewards[line, :len(row[f"{answer}_ids"])])
+    return [{a: of(row, a, lines[k][i]) for k, a in enumerate(answers)} for i, row in enumerate(rows)]
+
+# %% ../../nbs/studies/81_reward_quality.ipynb #c0de0501
 @torch.no_grad()
 def answer_rewards(
     policy, reference, # two models of one vocabulary
@@ -27,29 +38,20 @@ def answer_rewards(
 ) -> list[dict]: # per row and answer: tokens (ids) and rewards, an array of nats per token
     "The implicit reward of every token of some answers."
     store = ImageStore(processor, images)
-    encoded = encode_rows(rows, store, answers)
-    found = [{} for _ in rows]
+    encoded, found = encode_rows(rows, store, answers), {}
     order = sorted(range(len(encoded)), key=lambda i: encoded[i]["image_ids"])
     for start in progress(range(0, len(order), batch_size), "rewards", unit="batch"):
         batch = order[start:start + batch_size]
-        logps = []
-        trees, starts, lines, numbers = grow_trees([encoded[i] for i in batch], store, answers, positions=mrope(policy))
-        for model in (policy, reference):
-            logits, labels = tree_logits(model, trees, starts, **store.inputs([n for g in numbers for n in g]))
-            logps.append(label_logps(logits, labels))
-        rewards = implicit_reward(*logps, beta)
-        for a, line in zip(answers, lines):
-            for i, l in zip(batch, line):
-                ids = encoded[i][f"{a}_ids"]
-                found[i][a] = dict(tokens=ids, rewards=rewards[l, :len(ids)].float().cpu().numpy())
-    return found
+        found |= zip(batch, _batch_rewards((policy, reference), [encoded[i] for i in batch], store, answers, beta))
+    return [found[i] for i in range(len(encoded))]
 
 # %% ../../nbs/studies/81_reward_quality.ipynb #13181571
 def pair_scores(
     rewards, # of `answer_rewards`, with chosen and rejected
 ) -> np.ndarray: # (pairs, 4): reward of the chosen and of the rejected answer, and their lengths in tokens
     "Rewards and lengths of whole answers."
-    return np.array([[r["chosen"]["rewards"].sum(), r["rejected"]["rewards"].sum(), len(r["chosen"]["tokens"]), len(r["rejected"]["tokens"])] for r in rewards])
+    both = [(r["chosen"], r["rejected"]) for r in rewards]
+    return np.array([[*(a["rewards"].sum() for a in pair), *(len(a["tokens"]) for a in pair)] for pair in both])
 
 def pair_accuracy(
     scores, # of `pair_scores`
@@ -69,8 +71,9 @@ def margin_by_length(
     longer, margin = scores[:, 2] - scores[:, 3], scores[:, 0] - scores[:, 1]
     where = np.digitize(longer, edges)
     bounds = [-np.inf, *edges, np.inf]
-    return [dict(low=bounds[k], high=bounds[k + 1], pairs=int((where == k).sum()), margin=float(margin[where == k].mean()), accuracy=100 * float((margin[where == k] > 0).mean()))
-        for k in range(len(edges) + 1) if (where == k).any()]
+    bins = {k: margin[where == k] for k in range(len(edges) + 1)}
+    return [dict(low=bounds[k], high=bounds[k + 1], pairs=len(m), margin=float(m.mean()),
+                 accuracy=100 * float((m > 0).mean())) for k, m in bins.items() if len(m)]
 
 # %% ../../nbs/studies/81_reward_quality.ipynb #6b8eb181
 def mention_rewards(
@@ -81,26 +84,39 @@ def mention_rewards(
     "The reward of each mention of an object."
     decode = lambda ids: processor.tokenizer.decode(ids, skip_special_tokens=True)
     ends = [len(decode(found["tokens"][:k])) for k in range(len(found["tokens"]) + 1)]
-    words = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, sorted(objects, key=len, reverse=True))) + r")(?!\w)", re.I)
-    return [(m[0].lower(), float(sum(r for r, a, b in zip(found["rewards"], ends, ends[1:]) if a < m.end() and b > m.start()))) for m in words.finditer(decode(found["tokens"]))]
+    pieces = list(zip(found["rewards"], ends, ends[1:]))  # a token's reward, where its text begins and ends
+    names = "|".join(map(re.escape, sorted(objects, key=len, reverse=True)))
+    mentions = re.finditer(rf"(?<!\w)(?:{names})(?!\w)", decode(found["tokens"]), re.I)
+    within = lambda m: sum(reward for reward, a, b in pieces if a < m.end() and b > m.start())
+    return [(m[0].lower(), float(within(m))) for m in mentions]
 
 # %% ../../nbs/studies/81_reward_quality.ipynb #1e56ac42
+def _values_and_truth(rows: list) -> tuple[np.ndarray, np.ndarray]:
+    "Rewards of all mentions in some rows, and whether each is right."
+    mentions = [m for row in rows for m in row]
+    return np.array([r for r, _ in mentions]), np.array([right for _, right in mentions], bool)
+
+def _auc_interval(mentions: list, n: int) -> tuple[float, float]:
+    "95% of the areas when whole rows are drawn again; NaN where no draw has mentions of both kinds."
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(n):
+        values, right = _values_and_truth([mentions[i] for i in rng.integers(0, len(mentions), len(mentions))])
+        if 0 < right.sum() < len(right):
+            drawn.append(roc(values, right)[2])
+    return tuple(np.quantile(drawn, [.025, .975]).tolist()) if drawn else (float("nan"),) * 2
+
+# %% ../../nbs/studies/81_reward_quality.ipynb #c0de0502
 def mention_auc(
     rewards, # of `answer_rewards`
     truths, # per row, the names of what is there
     processor, objects, # as in `mention_rewards`
     answer: str="answer", # which of the answers are captions
     n: int=500, # resamples of whole rows, for the interval
-) -> dict: # auc with low and high (95%), curve (false and true positive rates), right and invented: rewards of the mentions
-    "Do invented objects get the lower token reward? Raises `TitaError` if no mention is right, or none is invented."
-    mentions = [[(r, name in truth) for name, r in mention_rewards(row[answer], processor, objects)] for row, truth in zip(rewards, truths, strict=True)]
-    def split(rows):
-        return [np.array(x) for x in zip(*(m for row in rows for m in row))] or [np.zeros(0), np.zeros(0, bool)]
-    (value, there), rng, drawn = split(mentions), np.random.default_rng(0), []
-    fpr, tpr, auc = roc(value, there)
-    for _ in range(n):
-        v, t = split([mentions[i] for i in rng.integers(0, len(mentions), len(mentions))])
-        if len(v) and 0 < t.sum() < len(t):
-            drawn.append(roc(v, t)[2])
-    low, high = np.quantile(drawn, [.025, .975]).tolist() if drawn else (float("nan"),) * 2
-    return dict(auc=auc, low=low, high=high, curve=(fpr, tpr), right=value[there], invented=value[~there])
+) -> dict: # auc with low and high (95%), curve (false, true positive rates), right and invented: mentions' rewards
+    "Do invented objects get the lower token reward? Raises `TitaError` unless some are right and some invented."
+    found = [mention_rewards(row[answer], processor, objects) for row in rewards]
+    mentions = [[(r, name in truth) for name, r in row] for row, truth in zip(found, truths, strict=True)]
+    values, right = _values_and_truth(mentions)
+    fpr, tpr, auc = roc(values, right)
+    low, high = _auc_interval(mentions, n)
+    return dict(auc=auc, low=low, high=high, curve=(fpr, tpr), right=values[right], invented=values[~right])

@@ -362,8 +362,9 @@ def needed(self: TowerCache, images: int) -> int:
 
 @patch
 def _tell(self: TowerCache):
-    "What all images need, once, by one process of several."
-    if self.store is None or os.environ.get("RANK", "0") != "0":
+    "What all images need, by the first of several processes; silent where progress is."
+    env = os.environ
+    if self.store is None or env.get("RANK", "0") != "0" or env.get("TITA_PROGRESS") == "0":
         return
     n, gib = len(self.store), lambda size: f"{size / 2**30:.3g} GiB"
     needed = self.needed(n)
