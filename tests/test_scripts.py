@@ -225,8 +225,8 @@ def test_broken_file_of_parameters_is_told(tmp_path):
 def test_figures_of_a_gpu_need_one(tmp_path):
     "Without a GPU it says so before it sets anything up."
     path = f"{command(tmp_path/'bin', 'nvidia-smi', 'exit 9')}:{os.environ['PATH']}"
-    command = ["bash", ROOT/"scripts/bench_gpu.sh", tmp_path/"out"]
-    run = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    bench = ["bash", ROOT/"scripts/bench_gpu.sh", tmp_path/"out"]
+    run = subprocess.run(bench, env={**os.environ, "PATH": path}, capture_output=True, text=True)
     assert run.returncode == 2 and "there is no GPU here" in run.stderr and not (tmp_path/"out").exists()
 
 ## make_readme.py
