@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Write scripts/requirements.lock: the exact version of all that settings.ini asks for (but the extras in `unlocked`), for every
-Python we support.
+"""Write scripts/requirements.lock: the exact version of all that settings.ini asks for (but the extras in `unlocked`),
+for every Python we support.
 
     python scripts/lock.py [--upgrade]
 
-Needs uv (`pip install uv`) and the package registry; users need neither. Versions that the lock already holds are kept unless
-settings.ini rules them out; --upgrade takes the newest. PyTorch and the CUDA packages that it brings on some machines stay
-outside: scripts/setup.sh installs the version in scripts/torch.lock first, in the build that fits the machine.
+Needs uv (`pip install uv`) and the package registry; users need neither. Versions that the lock already holds are kept
+unless settings.ini rules them out; --upgrade takes the newest. PyTorch and the CUDA packages that it brings on some
+machines stay outside: scripts/setup.sh installs the version in scripts/torch.lock first, in the build that fits.
 """
 import re, shutil, subprocess, sys
 from configparser import ConfigParser
@@ -18,7 +18,8 @@ outside = re.compile(r"(torch|triton|nvidia-.*|cuda-.*|pytorch-triton.*)==")
 foreign = re.compile(r"://|@ |^-", re.M)
 
 HEADER = """\
-# Exact versions of everything but PyTorch, for Python {low} to {high}. Made by scripts/lock.py from settings.ini: edit that file
+# Exact versions of everything but PyTorch, for Python {low} to {high}. Made by scripts/lock.py from settings.ini: \
+edit that file
 # and run the script. scripts/setup.sh installs PyTorch first (torch.lock), then this with `pip install --no-deps -r`.
 """
 
@@ -40,9 +41,9 @@ def compile_lock(
     uv = shutil.which("uv") or Path(sys.executable).with_name("uv")
     if not Path(uv).exists():
         sys.exit("error: uv is missing: pip install uv")
-    cmd = [str(uv), "pip", "compile", "-", "--universal", "--python-version", python, "--fork-strategy", "requires-python",
-           "--no-python-downloads", "--no-annotate", "--no-header", "--no-emit-index-url", "--quiet", "-o", str(lock), *options]
-    run = subprocess.run(cmd, input="\n".join(wanted), text=True)
+    how = ["--universal", "--python-version", python, "--fork-strategy", "requires-python", "--no-python-downloads"]
+    text = ["--no-annotate", "--no-header", "--no-emit-index-url", "--quiet", "-o", str(lock)]
+    run = subprocess.run([str(uv), "pip", "compile", "-", *how, *text, *options], input="\n".join(wanted), text=True)
     if run.returncode:
         sys.exit("error: the lock is as it was; uv says above what does not fit")
     return [l for l in lock.read_text().splitlines() if l and not l.startswith("#") and not outside.match(l)]
@@ -56,7 +57,8 @@ def main():
     text = HEADER.format(low=cfg["min_python"], high=cfg["max_python"]) + "\n".join(lines) + "\n"
     if m := foreign.search("\n".join(lines)):
         lock.write_text(before)
-        sys.exit(f"error: the lock would name an address or an option ({m.group(0)!r}); it must hold names and versions only")
+        why = "it must hold names and versions only"
+        sys.exit(f"error: the lock would name an address or an option ({m.group(0)!r}); {why}")
     lock.write_text(text)
     print(f"{lock.name}: {len(lines)} lines, {'unchanged' if text == before else 'changed'}")
 

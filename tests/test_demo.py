@@ -11,7 +11,12 @@ ENV = os.environ | {"TITA_PROGRESS": "0"}
 def demo(out, *params):
     "The command that demo.sh runs."
     pairs = [*SMALL, *map(str, params), "out", str(out)]
-    return [*RUN, str(out/"demo.ipynb"), *(w for name, value in zip(pairs[::2], pairs[1::2]) for w in ("-p", name, value))]
+    flags = [word for name, value in zip(pairs[::2], pairs[1::2]) for word in ("-p", name, value)]
+    return [*RUN, str(out/"demo.ipynb"), *flags]
+
+def started(*params):
+    return subprocess.Popen(
+        demo(*params), cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory):
@@ -27,12 +32,15 @@ def mine(tmp_path_factory):
     (folder/"images").mkdir()
     for p in photos:
         shutil.copy(Path(skimage.data.__file__).parent/p, folder/"images"/p)
-    rows = [dict(question_id=f"{p}/{k}", image=p, text=t, **({"answer": "no"} if k else {})) for p in photos for k, t in enumerate(("Describe the image.", "Is there a boat in the image?"))]
+    asked = dict(text="Describe the image."), dict(text="Is there a boat in the image?", answer="no")
+    rows = [dict(question_id=f"{p}/{k}", image=p, **question) for p in photos for k, question in enumerate(asked)]
     (folder/"questions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
 
 def given(mine, **other):
-    return [w for k, v in (dict(base=mine/"base", reward=mine/"reward", images=mine/"images", questions=mine/"questions.jsonl") | other).items() for w in (k, v)]
+    models = dict(base=mine/"base", reward=mine/"reward")
+    rows = dict(images=mine/"images", questions=mine/"questions.jsonl")
+    return [word for pair in (models | rows | other).items() for word in pair]
 
 def test_other_models_on_photographs(mine, tmp_path):
     run = subprocess.run(demo(tmp_path/"run", *given(mine)), cwd=ROOT, env=ENV, capture_output=True, text=True)
@@ -43,10 +51,14 @@ def test_other_models_on_photographs(mine, tmp_path):
     assert "<img src='data:image/" in (tmp_path/"run"/"report.html").read_text()
 
 def test_mistakes_are_told_in_a_line(mine, tmp_path):
-    (tmp_path/"broken.jsonl").write_text('{"question_id": 1, "image": "astronaut.png", "text": "?"}\n{"question_id": 2,\n')
+    whole = '{"question_id": 1, "image": "astronaut.png", "text": "?"}'
+    (tmp_path/"broken.jsonl").write_text(whole + '\n{"question_id": 2,\n')
     shutil.copytree(mine/"base", tmp_path/"weightless", ignore=shutil.ignore_patterns("*.safetensors"))
-    cases = {"broken.jsonl:2": given(mine, questions=tmp_path/"broken.jsonl"), "no weights": given(mine, reward=tmp_path/"weightless"), "together": ["base", mine/"base"]}
-    running = [(why, subprocess.Popen(demo(tmp_path/str(i), *params), cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)) for i, (why, params) in enumerate(cases.items())]
+    cases = {
+        "broken.jsonl:2": given(mine, questions=tmp_path/"broken.jsonl"),
+        "no weights": given(mine, reward=tmp_path/"weightless"), "together": ["base", mine/"base"],
+        "lams = [-1]": ["lams", "[-1]"], "gate 'ajar'": ["gate", "ajar"]}
+    running = [(why, started(tmp_path/str(i), *params)) for i, (why, params) in enumerate(cases.items())]
     for why, p in running:
         said = p.communicate(timeout=900)[0]
         assert p.returncode == 2 and why in said and "Traceback" not in said, said[-2000:]
@@ -54,7 +66,7 @@ def test_mistakes_are_told_in_a_line(mine, tmp_path):
 @pytest.mark.slow
 def test_interrupted_and_run_again(tmp_path):
     out = tmp_path/"run"
-    p = subprocess.Popen(demo(out, "probe_scenes", 200), cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    p = started(out, "probe_scenes", 200)
     until = time.time() + 900
     while not (out/"clear.jsonl").exists() or not (out/"clear.jsonl").stat().st_size:
         assert p.poll() is None and time.time() < until, p.communicate()[0][-2000:]

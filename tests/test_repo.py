@@ -118,7 +118,8 @@ def imported(tree, module="", package=CFG["lib_name"]):
         elif isinstance(n, ast.Import):
             yield from ours([a.name for a in n.names], package)
         elif isinstance(n, ast.Call) and called(n) in ("import_module", "__import__"):
-            yield from ours([a.value for a in n.args if isinstance(a, ast.Constant) and isinstance(a.value, str)], package)
+            texts = [a.value for a in n.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            yield from ours(texts, package)
 
 @each([n for n in NOTEBOOKS if n.number is not None])
 def test_imports_only_lower_numbers(nb):
@@ -152,7 +153,7 @@ def test_begins_with_title_and_purpose(nb):
         f"{nb.name}: the first cell must be `# name` and `> one line of purpose`"
     more = [l for l in lines[2:] if not re.match(r"- [\w-]+: \S", l)]
     assert not more, \
-        f"{nb.name}: nbdev makes the title cell the page's header and drops {more[0][:60]!r}; put text into the next cell"
+        f"{nb.name}: nbdev makes the title cell a header and drops {more[0][:60]!r}; put text into the next cell"
 
 @each([n for n in NOTEBOOKS if n.is_module])
 def test_exports_to_its_module(nb):
@@ -276,7 +277,8 @@ def time_limits(tree):
 
 @pytest.mark.parametrize("code, found", [
     ("assert took < 2", True), ("assert 3 > min(took)", True), ("assert perf_counter() - start <= 1", True),
-    ("assert r['seconds'] < .5", True), ("assert paced['seconds'] > .4", False), ("assert reply.ttft < reply.seconds", False), ("assert rows < 5", False)])
+    ("assert r['seconds'] < .5", True), ("assert paced['seconds'] > .4", False),
+    ("assert reply.ttft < reply.seconds", False), ("assert rows < 5", False)])
 def test_time_limits_are_seen(code, found):
     assert bool([*time_limits(ast.parse(code))]) == found
 
@@ -357,8 +359,9 @@ def test_lock_holds_names_and_versions_only():
 
 ## What must not be in it
 
-KEYS = (r"sk-(?:proj-|ant-)?[A-Za-z0-9_-]{20,}", r"hf_[A-Za-z0-9]{30,}", r"gh[pousr]_[A-Za-z0-9]{30,}", r"AKIA[0-9A-Z]{16}",
-        r"AIza[0-9A-Za-z_-]{35}")
+KEYS = (
+    r"sk-(?:proj-|ant-)?[A-Za-z0-9_-]{20,}", r"hf_[A-Za-z0-9]{30,}", r"gh[pousr]_[A-Za-z0-9]{30,}",
+    r"AKIA[0-9A-Z]{16}", r"AIza[0-9A-Za-z_-]{35}")
 SECRETS = re.compile(rf"\b({'|'.join(KEYS)})\b|-----BEGIN [A-Z ]*PRIVATE KEY-----")
 
 def test_no_secrets():

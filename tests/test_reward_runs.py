@@ -4,14 +4,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV = os.environ | {"TITA_PROGRESS": "0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+PATHS = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+ENV = os.environ | {"TITA_PROGRESS": "0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": PATHS}
 
 def notebook(out, *params):
     flat = [w for name, value in zip(params[::2], params[1::2]) for w in ("-p", name, str(value))]
-    return subprocess.run([sys.executable, "scripts/run_notebook.py", "nbs/runs/train_reward.ipynb", str(out/"executed.ipynb"), "-p", "out", str(out), *flat], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    command = [sys.executable, "scripts/run_notebook.py", "nbs/runs/train_reward.ipynb", str(out/"executed.ipynb")]
+    return subprocess.run([*command, "-p", "out", str(out), *flat], cwd=ROOT, env=ENV, capture_output=True, text=True)
+
+def outputs(out):
+    return [o for c in json.loads((out/"executed.ipynb").read_text())["cells"] for o in c.get("outputs", [])]
 
 def printed(out):
-    return "".join("".join(o.get("text", [])) for c in json.loads((out/"executed.ipynb").read_text())["cells"] for o in c.get("outputs", []))
+    return "".join("".join(o.get("text", [])) for o in outputs(out))
 
 def test_train_reward_notebook(tmp_path):
     "Pairs, the command with its log, curves and measures; the second time nothing is trained."
@@ -21,16 +26,22 @@ def test_train_reward_notebook(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     metrics = json.loads((out/"metrics.json").read_text())
     said = printed(out)
-    assert metrics["steps"] > 0 and 0 <= metrics["measures"]["pairs"]["value"] <= 100 and 0 <= metrics["measures"]["mentions"]["auc"] <= 1
-    assert "tita-train dpo --model_name_or_path" in said and f"{out}/model: loss" in said  # the command, and the last line of its log
-    pictures = [o for c in json.loads((out/"executed.ipynb").read_text())["cells"] for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert len(pictures) == 2
-    before = (out/"model"/"model.safetensors").stat().st_mtime_ns
-    assert notebook(out, *small).returncode == 0 and (out/"model"/"model.safetensors").stat().st_mtime_ns == before
+    measures = metrics["measures"]
+    assert metrics["steps"] > 0 and 0 <= measures["pairs"]["value"] <= 100 and 0 <= measures["mentions"]["auc"] <= 1
+    assert "tita-train dpo --model_name_or_path" in said  # the command
+    assert f"{out}/model: loss" in said  # the last line of its log
+    assert sum("image/png" in o.get("data", {}) for o in outputs(out)) == 2
+    weights = out/"model"/"model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert notebook(out, *small).returncode == 0 and weights.stat().st_mtime_ns == before
 
 def test_train_reward_notebook_tells_mistakes(tmp_path):
     (tmp_path/"broken.jsonl").write_text('{"prompt": "?", "chosen": "a"\n')
-    for params, why in {("method", "ppo"): "is none of dpo, sft, distill", ("pairs", tmp_path/"broken.jsonl"): "say what to train", ("pairs", tmp_path/"broken.jsonl", "model", "none/such"): "broken.jsonl:1"}.items():
+    broken = "pairs", tmp_path/"broken.jsonl"
+    cases = {
+        ("method", "ppo"): "is none of dpo, sft, distill", broken: "say what to train",
+        (*broken, "model", "none/such"): "broken.jsonl:1"}
+    for params, why in cases.items():
         run = notebook(tmp_path/"bad", *params)
         assert run.returncode == 2 and why in run.stderr and "Traceback" not in run.stderr, run.stderr[-2000:]
         for f in (tmp_path/"bad").glob("*.json"):
@@ -47,12 +58,15 @@ def test_train_reward_notebook_methods(method, tmp_path):
 @pytest.mark.slow
 def test_study_of_rewards(tmp_path):
     "Small: all parts run, and what is there is used the second time."
-    command = [sys.executable, "scripts/study_reward.py", *"--scenes 40 --presence 3 --test 6 --valid 12 --epochs 1 --distill-steps 2 --distill-scenes 16".split(), "--out", tmp_path/"results", "--runs", tmp_path/"runs"]
+    small = "--scenes 40 --presence 3 --test 6 --valid 12 --epochs 1 --distill-steps 2 --distill-scenes 16".split()
+    folders = ["--out", tmp_path/"results", "--runs", tmp_path/"runs"]
+    command = [sys.executable, "scripts/study_reward.py", *small, *folders]
     run = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads((tmp_path/"results"/"study_reward.json").read_text())
     text = (tmp_path/"results"/"study_reward.md").read_text()
-    assert len(found["grid"]) == 10 and set(found["baselines"]["alone"]) == {"before", "sft", "rejection_sampling", "steerlm", "dpo"} and "this uses labels" in text
+    methods = {"before", "sft", "rejection_sampling", "steerlm", "dpo"}
+    assert len(found["grid"]) == 10 and set(found["baselines"]["alone"]) == methods and "this uses labels" in text
     assert (tmp_path/"results"/"study_reward.png").read_bytes().startswith(b"\x89PNG")
     again = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert again.returncode == 0

@@ -23,7 +23,8 @@ def repo(tmp_path):
 
 def setup(repo, path=None, **env):
     "Run it with no registry in reach; `path` replaces PATH."
-    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_RETRIES": "0"}
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}
+    nowhere |= {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
     env = os.environ | nowhere | {"PATH": str(path or os.environ["PATH"])} | env
     return subprocess.run([shutil.which("bash"), "scripts/setup.sh"], cwd=repo, env=env, capture_output=True, text=True)
 
@@ -172,21 +173,25 @@ def test_dead_kernel_is_told(tmp_path):
 
 def test_unknown_parameter_and_file_are_refused(tmp_path):
     nb = notebook(tmp_path/"a.ipynb", "scenes = 1")
-    for given, why in (("-p", "scene", "3"), "no parameter scene; it has scenes"), (("-f", tmp_path/"nope.yaml"), "nope.yaml"):
+    unknown = ("-p", "scene", "3"), "no parameter scene; it has scenes"
+    missing = ("-f", tmp_path/"nope.yaml"), "nope.yaml"
+    for given, why in unknown, missing:
         run = run_notebook(nb, tmp_path/"b.ipynb", *given)
         assert why in run.stderr and run.returncode == 2
     assert not (tmp_path/"b.ipynb").exists()
 
 @pytest.mark.parametrize("default, given, found", [
     ([.25, 1.], "[0.5, 1]", [.5, 1]), ([.25], [1, 2], [1, 2]), (["a"], "['b']", ["b"]),
-    (1.5, "2", 2), (1.5, "3e-4", 3e-4), (1, "41", 41), ("x", "41", "41"), (False, "True", True), (False, "false", False), ([0, 1], "[]", [])])
+    (1.5, "2", 2), (1.5, "3e-4", 3e-4), (1, "41", 41), ("x", "41", "41"),
+    (False, "True", True), (False, "false", False), ([0, 1], "[]", [])])
 def test_parameters_are_read_as_their_defaults(default, given, found):
     got = runner.fitting("a", given, default)
     assert got == found and type(got) is type(found)
 
 @pytest.mark.parametrize("default, given", [
     ([.25], "0.5"), ([.25], "0.5,1"), ([.25], "[0.5, x]"), ([.25], ["a"]), ([.25], "[true]"),
-    (1, "1.5"), (1, "one"), (1, True), (1.5, "nan"), (1.5, "three"), ("x", 3), ("x", None), (False, "1"), (False, 1), ([1], "[" * 5000)])
+    (1, "1.5"), (1, "one"), (1, True), (1.5, "nan"), (1.5, "three"), ("x", 3), ("x", None),
+    (False, "1"), (False, 1), ([1], "[" * 5000)])
 def test_parameters_of_another_kind_are_refused(default, given):
     with pytest.raises(ValueError, match="parameter a = .*such as"):
         runner.fitting("a", given, default)
@@ -220,15 +225,16 @@ def test_broken_file_of_parameters_is_told(tmp_path):
 def test_figures_of_a_gpu_need_one(tmp_path):
     "Without a GPU it says so before it sets anything up."
     path = f"{command(tmp_path/'bin', 'nvidia-smi', 'exit 9')}:{os.environ['PATH']}"
-    command = ["bash", ROOT/"scripts/bench_gpu.sh", tmp_path/"out"]
-    run = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    bench = ["bash", ROOT/"scripts/bench_gpu.sh", tmp_path/"out"]
+    run = subprocess.run(bench, env={**os.environ, "PATH": path}, capture_output=True, text=True)
     assert run.returncode == 2 and "there is no GPU here" in run.stderr and not (tmp_path/"out").exists()
 
 ## make_readme.py
 
 @pytest.mark.parametrize("link, seen", [
     ("../nbs/03_views.ipynb", "nbs/03_views.ipynb"), ("../results/a.png", "results/a.png"), ("../../x", "x"),
-    ("#top", "#top"), ("https://example.com/a", "https://example.com/a"), ("runs/demo.ipynb#a", "nbs/runs/demo.ipynb#a"),
+    ("#top", "#top"), ("https://example.com/a", "https://example.com/a"),
+    ("runs/demo.ipynb#a", "nbs/runs/demo.ipynb#a"),
     (make_readme.REPOSITORY + "results/a.md", "results/a.md")])
 def test_readme_links_are_seen_from_the_root(link, seen):
     assert make_readme.from_root(link) == seen
@@ -282,11 +288,13 @@ def test_docs_sidebar_holds_each_page_once(site):
     (site/"c.qmd").write_text("---\ntitle: c\n---\n")
     (site/"sidebar.yml").write_text("website: {sidebar: {contents: [a.qmd, a.qmd, b.qmd, gone.qmd]}}\n")
     assert check_docs.check(site) == [
-        "sidebar.yml: gone.qmd is no page", "sidebar.yml lacks c.qmd; add it to nbs/sidebar.yml", "sidebar.yml has a.qmd twice"]
+        "sidebar.yml: gone.qmd is no page", "sidebar.yml lacks c.qmd; add it to nbs/sidebar.yml",
+        "sidebar.yml has a.qmd twice"]
 
 @pytest.mark.parametrize("link, problem", [
     ("b.ipynb#x", None), ("https://example.com/x", None), ("#here", None),
-    ("https://git.example/r/blob/main/results/a.md", None), ("b.html", "is a page of the site only"), ("gone.ipynb", "is not in the repository"),
+    ("https://git.example/r/blob/main/results/a.md", None), ("b.html", "is a page of the site only"),
+    ("gone.ipynb", "is not in the repository"),
     ("https://git.example/r/blob/main/results/gone.md", "is not in the repository")])
 def test_links_of_notebooks_lead_somewhere_in_the_repository(tmp_path, link, problem):
     (tmp_path/"results").mkdir()

@@ -18,31 +18,47 @@ from ..world.embedded import ASK, OBJECTS
 
 # %% ../../nbs/studies/83_reward_study.ipynb #58bc94d4
 _FIND = object_finder(OBJECTS)
+_CAPTION = re.compile(r"a \w+ \w+( , a \w+ \w+)* \.")
 
+def _caption_parts(there: set, named: list, answer: str) -> tuple: # each 0 to 1
+    "How much of what is there is named, how much of what is named is there, and is it a caption?"
+    complete = len(there & set(named)) / len(there)
+    precise = sum(o in there for o in named) / max(1, len(named))
+    repeats = len(set(named)) < len(named)
+    return complete, precise, bool(_CAPTION.fullmatch(" ".join(answer.split()))) and not repeats
+
+def _presence_parts(is_there: bool, answer: str) -> tuple: # each True or False
+    form = answer.strip() in ("yes", "no")
+    return form, answer.strip() == ("yes" if is_there else "no"), form
+
+# %% ../../nbs/studies/83_reward_study.ipynb #4c6e80fa
 def truth_scores(
     scene, # Scene that was asked about
     text: str, # the question: for a caption, or whether something is there
     answer: str, # to be scored
 ) -> dict: # attribute -> 0 to 4
     "Score an answer by what is in the picture, as mllm-dpo's judge is asked to."
-    there, named, words = set(scene.objects), _FIND(answer), answer.split()
+    there, named = set(scene.objects), _FIND(answer)
+    about = {ASK["pope"].format(o): o for o in OBJECTS}
     if text == ASK["caption"]:
-        good = len(there & set(named)) / len(there), sum(o in there for o in named) / max(1, len(named))
-        form = bool(re.fullmatch(r"a \w+ \w+( , a \w+ \w+)* \.", " ".join(words))) and len(set(named)) == len(named)
-    elif asked := next((o for o in OBJECTS if text == ASK["pope"].format(o)), None):
-        form = answer.strip() in ("yes", "no")
-        good = form, answer.strip() == ("yes" if asked in there else "no")
+        parts = _caption_parts(there, named, answer)
+    elif text in about:
+        parts = _presence_parts(about[text] in there, answer)
     else:
-        raise TitaError(f"{text!r} is no question that is scored here; ask for a caption or whether something is there")
-    return dict(zip(ATTRIBUTES, [*(round(4 * x) for x in (*good, form)), min(4, len(set(named)) // 2), min(4, len(words) // 6)]))
+        cure = "ask for a caption or whether something is there"
+        raise TitaError(f"{text!r} is no question that is scored here; {cure}")
+    complexity, verbosity = len(set(named)) // 2, len(answer.split()) // 6
+    return dict(zip(ATTRIBUTES, [*(round(4 * x) for x in parts), min(4, complexity), min(4, verbosity)]))
 
 # %% ../../nbs/studies/83_reward_study.ipynb #6c7ccc34
 def score_answers(
-    answers: list[dict], # answer rows, their images named SET/NUMBER.png as `pipeline.probe_rows` does
+    answers: list[dict], # answer rows, their images named SET/NUMBER.png as `stages.probe_rows` does
     scenes, # what the images show
 ) -> list[dict]: # the same with scores
     "All answers, judged by the truth."
-    return [r | {"scores": truth_scores(scenes[int(Path(r["image"]).stem)], r["text"], r["answer"])} for r in answers]
+    def scores(row):
+        return truth_scores(scenes[int(Path(row["image"]).stem)], row["text"], row["answer"])
+    return [row | {"scores": scores(row)} for row in answers]
 
 def baseline_sets(
     scored: list[dict], # several scored answers to each question
@@ -51,9 +67,11 @@ def baseline_sets(
 ) -> dict: # sft, rejection_sampling, steerlm -> rows with an answer; dpo -> pair rows
     "What each method trains on, all from the same answers."
     scored = [r for r in scored if r["answer"].strip()]  # an empty answer cannot be trained on
-    sets = dict(sft=make_sft(scored), rejection_sampling=make_sft(scored, least), steerlm=make_steerlm(scored), dpo=make_scored_pairs(scored, gap)[0])
+    sets = dict(sft=make_sft(scored), rejection_sampling=make_sft(scored, least), steerlm=make_steerlm(scored))
+    sets["dpo"] = make_scored_pairs(scored, gap)[0]
     if empty := [k for k, v in sets.items() if not v]:
-        raise TitaError(f"nothing is left for {', '.join(empty)}: the answers' scores hardly differ, or none is good; draw more answers or lower least and gap")
+        why = "the answers' scores hardly differ, or none is good; draw more answers or lower least and gap"
+        raise TitaError(f"nothing is left for {', '.join(empty)}: {why}")
     return sets
 
 # %% ../../nbs/studies/83_reward_study.ipynb #9a94d870
@@ -78,8 +96,9 @@ def train_baselines(
     from tita.train.recipes import train_dpo, train_sft
     trained = {}
     for name, rows in sets.items():
-        train, more = (train_dpo, dict(beta=beta)) if name == "dpo" else (train_sft, {})
-        trained[name], _ = train(copy.deepcopy(model), processor, rows, images, Path(out)/name, resume=True, **more, **config)
+        train, more = (train_dpo, dict(config, beta=beta)) if name == "dpo" else (train_sft, config)
+        start = copy.deepcopy(model)
+        trained[name], _ = train(start, processor, rows, images, Path(out)/name, resume=True, **more)
     return trained
 
 # %% ../../nbs/studies/83_reward_study.ipynb #2f1c7395
@@ -91,13 +110,14 @@ def split_pairs(
     held = {p["image"] for p in pairs if seed_for("held out", p["image"]) % 1000 < 1000 * share}
     return [p for p in pairs if p["image"] not in held], [p for p in pairs if p["image"] in held]
 
+# %% ../../nbs/studies/83_reward_study.ipynb #7d0b3ce2
 def grid_cell(
     model, processor, # the reward before its training; copied
     rows: list[dict], # questions without truth
     images: str|Path, # image folder
     out: str|Path, # answers and model; what is there is used
     view: str, # the disturbed view
-    samples: int=2, # of answers of one word, see `pipeline.preference_pairs`
+    samples: int=2, # of answers of one word, see `stages.preference_pairs`
     seed: int=0, # of noise and samples
     **config, # for `train_dpo`
 ) -> tuple: # the trained model; pairs it has not seen; how many it has
@@ -108,10 +128,14 @@ def grid_cell(
     train, held = split_pairs(pairs)
     if not train or not held:
         raise TitaError(f"{out}: {len(train)} pairs to train on and {len(held)} to measure with; give more scenes")
-    trained, _ = train_dpo(copy.deepcopy(model), processor, train, images, Path(out)/"reward", resume=True, seed=seed, **config)
+    start, folder = copy.deepcopy(model), Path(out)/"reward"
+    trained, _ = train_dpo(start, processor, train, images, folder, resume=True, seed=seed, **config)
     return trained, held, len(train)
 
 # %% ../../nbs/studies/83_reward_study.ipynb #f926ce3a
+def _finite(b: dict) -> dict: # JSON has no infinity
+    return {k: None if abs(v) == float("inf") else v for k, v in b.items()}
+
 def own_measures(
     policy, reference, processor, # a reward after and before its training
     held: list[dict], # pairs it has not seen
@@ -121,16 +145,42 @@ def own_measures(
 ) -> dict: # pair_accuracy and auc, each with value, low and high; by_length
     "What a reward is worth by itself."
     from tita.eval.metrics import bootstrap
-    from tita.studies.reward_quality import answer_rewards, margin_by_length, mention_auc, pair_accuracy, pair_scores
-    where = {}
-    scenes = [where.setdefault(p["image"], len(where)) for p in held]
-    scores = pair_scores(answer_rewards(policy, reference, processor, held, images=images))
-    seen = mention_auc(answer_rewards(policy, reference, processor, captions, ("answer",)), truths, processor, OBJECTS)
-    ahead = bootstrap({"reward": pair_accuracy(scores, scenes, len(where))}, "reward")["systems"]["reward"]["pair_accuracy"]
-    return dict(pair_accuracy={k: ahead[k] for k in ("value", "low", "high")}, auc=dict(value=seen["auc"], low=seen["low"], high=seen["high"]),
-        mentions=dict(right=len(seen["right"]), invented=len(seen["invented"])), by_length=[{k: None if abs(v) == float("inf") else v for k, v in b.items()} for b in margin_by_length(scores)])
+    from tita.studies import reward_quality as quality
+    models = policy, reference, processor
+    scores = quality.pair_scores(quality.answer_rewards(*models, held, images=images))
+    where = {image: i for i, image in enumerate(dict.fromkeys(p["image"] for p in held))}
+    right = quality.pair_accuracy(scores, [where[p["image"]] for p in held], len(where))
+    ahead = bootstrap({"reward": right}, "reward")["systems"]["reward"]["pair_accuracy"]
+    seen = quality.mention_auc(quality.answer_rewards(*models, captions, ("answer",)), truths, processor, OBJECTS)
+    return dict(
+        pair_accuracy={k: ahead[k] for k in ("value", "low", "high")},
+        auc=dict(value=seen["auc"], low=seen["low"], high=seen["high"]),
+        mentions=dict(right=len(seen["right"]), invented=len(seen["invented"])),
+        by_length=[_finite(b) for b in quality.margin_by_length(scores)])
 
 # %% ../../nbs/studies/83_reward_study.ipynb #dac6ecab
+_PANELS = {"auc": "Token rewards, AUC ↑", "pair_accuracy": "Held-out pairs, % ↑"}
+
+def _steps(view: str) -> str:
+    return view.rpartition("-")[2]
+
+def _draw_view(ax, cells: list[dict], metric: str, color: str, shift: float):
+    "One noise level: a value with its interval for each size, moved aside so that intervals do not cover each other."
+    cells = sorted(cells, key=lambda c: c["parameters"])
+    x = [c["parameters"] * shift for c in cells]
+    values = [c[metric]["value"] for c in cells]
+    below = [c[metric]["value"] - c[metric]["low"] for c in cells]
+    above = [c[metric]["high"] - c[metric]["value"] for c in cells]
+    label = f"t = {_steps(cells[0]['view'])}"
+    ax.errorbar(x, values, [below, above], color=color, marker="o", ms=4, lw=1.3, elinewidth=.9, label=label)
+
+def _told(cells: list[dict], metrics) -> str:
+    "The figure in words."
+    def one(c):
+        return f"{count_text(c['parameters'])}, {c['view']}: " + ", ".join(f"{m} {c[m]['value']:.2f}" for m in metrics)
+    return "Reward size and noise level: " + "; ".join(map(one, cells))
+
+# %% ../../nbs/studies/83_reward_study.ipynb #e95c1a70
 @styled
 def draw_grid(
     cells: list[dict], # parameters, view, and metric -> {value, low, high}
@@ -138,22 +188,19 @@ def draw_grid(
     base: dict={}, # metric -> value of the unguided base
 ):
     "Results over the reward's size, for each noise level."
-    views = sorted({c["view"] for c in cells}, key=lambda v: int(v.rpartition("-")[2]))
-    fig, axes = panels(len(metrics), 3, (2.6, 2.2))
+    views = sorted({c["view"] for c in cells}, key=lambda v: int(_steps(v)))
     sizes = sorted({c["parameters"] for c in cells})
+    fig, axes = panels(len(metrics), 3, (2.6, 2.2))
     for ax, metric in zip(axes, metrics):
         if metric in base:
             ax.axhline(base[metric], color=GREY, lw=.9, ls=":")
-            ax.annotate("base", (sizes[-1], base[metric]), (2, 3), textcoords="offset points", color=GREY, size=8, ha="right")
+            text = dict(textcoords="offset points", color=GREY, size=8, ha="right")
+            ax.annotate("base", (sizes[-1], base[metric]), (2, 3), **text)
         for i, (view, color) in enumerate(zip(views, (BLUE, ORANGE, GREEN))):
-            some = sorted((c for c in cells if c["view"] == view), key=lambda c: c["parameters"])
-            x = [c["parameters"] * 1.06 ** (i - 1) for c in some]
-            v, low, high = ([c[metric][k] for c in some] for k in ("value", "low", "high"))
-            ax.errorbar(x, v, [[a - b for a, b in zip(v, low)], [a - b for a, b in zip(high, v)]], color=color, marker="o", ms=4, lw=1.3, elinewidth=.9, label=f"t = {view.rpartition('-')[2]}")
-        ax.set(xscale="log", xlabel="parameters of the reward")
+            _draw_view(ax, [c for c in cells if c["view"] == view], metric, color, 1.06 ** (i - 1))
+        ax.set(xscale="log", xlabel="parameters of the reward", title=_PANELS.get(metric) or metric_title(metric))
         ax.minorticks_off()
         ax.set_xticks(sizes, [count_text(s) for s in sizes])
-        ax.set_title({"auc": "Token rewards, AUC ↑", "pair_accuracy": "Held-out pairs, % ↑"}.get(metric) or metric_title(metric))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    fig.alt = "Reward size and noise level: " + "; ".join(f"{count_text(c['parameters'])}, {c['view']}: " + ", ".join(f"{m} {c[m]['value']:.2f}" for m in metrics) for c in cells)
+    fig.alt = _told(cells, metrics)
     return fig
