@@ -195,6 +195,16 @@ def test_form_only_gets_better(path):
 
 ## Packaging
 
+def imported_packages(path):
+    "Top-level names that a file imports, each with whether a plain import of the file needs it."
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((a.name.split(".")[0], id(node) not in inside) for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0], id(node) not in inside
+
 def test_import_is_light():
     "The package itself holds a version and nothing else: what is heavy is imported by the module that needs it."
     heavy = "torch transformers datasets matplotlib numpy PIL fastcore".split()

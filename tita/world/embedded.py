@@ -13,7 +13,7 @@ import functools, math, os, random
 from dataclasses import dataclass, field
 from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
-from ..core import TitaError, seed_for
+from ..core import TitaError, seed_for, shipped
 
 # %% ../../nbs/world/01_embedded.ipynb #ccfaddeb
 THEMES = {"beach": "ball boat fish star sun".split(), "town": "house car lamp tree flag".split(),
@@ -264,15 +264,16 @@ def tiny_pair(seed: int = 0, hidden=(64, 64), layers=(6, 2)):
 
 # %% ../../nbs/world/01_embedded.ipynb #956d8a03
 def world_folder() -> Path:
-    "Where the trained models are: TITA_WORLD, or data/world beside the package."
-    return Path(os.environ.get("TITA_WORLD") or Path(globals().get("__file__", "../../tita/world/embedded.py")).resolve().parent.parent.parent/"data"/"world")
+    "Where the trained models are: TITA_WORLD, or what came with the package."
+    return Path(os.environ.get("TITA_WORLD") or shipped("world"))
 
 def _load(seed, name):
     import torch
     from transformers import AutoModelForImageTextToText
     folder = world_folder()/f"seed{seed}"/name
     if not (folder/"config.json").is_file():
-        raise TitaError(f"{folder}: no trained model here; seeds are 0, 1 and 2, and `python scripts/build_world.py --seed {seed}` makes them")
+        cure = f"seeds are 0, 1 and 2, and `python scripts/build_world.py --seed {seed}` makes them"
+        raise TitaError(f"{folder}: no trained model here; {cure}")
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 # %% ../../nbs/world/01_embedded.ipynb #f603aca6
