@@ -13,7 +13,7 @@ from ..api.client import EndpointAnswerer, make_body
 from ..api.endpoints import Endpoint, any_endpoint
 from ..core import TitaError, seed_for
 from ..views import parse_view, view_seed
-from .batches import get_image
+from .sources import get_image
 from .answers import LocalEngine, answer_key, what_is_shown
 
 # %% ../../nbs/data/43_answerers.ipynb #42a650d4

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..api.client import Client, EndpointAnswerer, Reply, make_body
 from ..core import TitaError, seed_for
-from .batches import get_image
+from .sources import get_image
 from .pairs import normalize, strip_special
 from .sources import ATTRIBUTES
 
