@@ -128,6 +128,8 @@ def _row(text: str, keys) -> dict:
         row = json.loads(text)
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON ({e.msg} at column {e.colno})") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read (nested too deeply)") from None
     if not isinstance(row, dict):
         raise ValueError(f"a row is a JSON object, this is a {type(row).__name__}")
     if missing := [k for k in keys if k not in row]:
@@ -269,7 +271,8 @@ def image_path(
         if not path.resolve().is_relative_to(root.resolve()):
             raise TitaError(f"image {name!r} is a link that leaves its folder {root}; copy the file into it")
         return path
-    raise TitaError(f"image {name!r} is not in {root}; " + ("check the name" if root.is_dir() else "there is no such folder"))
+    cure = "check the name" if root.is_dir() else "there is no such folder"
+    raise TitaError(f"image {name!r} is not in {root}; {cure}")
 
 # %% ../nbs/00_core.ipynb #eecb42d8
 def _to_rgb(im):
@@ -359,7 +362,7 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
 
 def run_info(
-    packages=("torch", "transformers", "trl", "deepspeed", "peft", "datasets", "numpy", "pillow"), # whose versions are told
+    packages="torch transformers trl deepspeed peft datasets numpy pillow".split(), # whose versions are told
 ) -> dict: # commit, versions, machine, time (UTC)
     "What made a run: enough to repeat it, nothing that tells who ran it or where."
     code = dict(commit=_git("rev-parse", "HEAD"), changed=bool(_git("status", "--porcelain", "--untracked-files=no")))
@@ -377,4 +380,5 @@ def shipped(
     for found in (home/name for home in homes):
         if found.exists():
             return found
-    raise TitaError(f"data/{name} is in neither {homes[0]} nor {homes[1]}; install tita again, or restore the repository's `data`")
+    cure = "install tita again, or restore the repository's `data`"
+    raise TitaError(f"data/{name} is in neither {homes[0]} nor {homes[1]}; {cure}")
