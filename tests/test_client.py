@@ -5,12 +5,14 @@ import re
 import socket
 import struct
 import threading
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from tita.api.client import KINDS, Client, EndpointAnswerer, Settings, make_body, run_async
-from tita.api.endpoints import any_endpoint
+from tita.api.endpoints import Price, any_endpoint
+from tita.bench.scores import summarise
 from tita.bench.traffic import run_load
 from tita.core import read_jsonl
 
@@ -44,6 +46,7 @@ def delta(content=None, end=None, **more) -> dict:
 
 OK = "HTTP/1.1 200 OK\r\n"
 CHUNKED = f"{OK}content-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+COUNTED = {"prompt_tokens": 3, "completion_tokens": 2}
 FASTAPI = {"detail": [{"type": "missing", "loc": ["body", "messages"], "msg": "Field required"}]}
 NESTED = "[" * 100_000
 
@@ -86,7 +89,7 @@ BROKEN = {
     "blank": (stream(delta(" \n"), delta(end="stop")), "empty"),
     "null": (http(answer(None)), "empty"),
     "only thought": (stream(delta("<think>is it", end="length")), "empty"),
-    "filtered": (http(answer("a b", "content_filter")), "content_filter"),
+    "filtered": (http(answer("a b", "content_filter") | {"usage": COUNTED}), "content_filter"),
     "tools": (http(answer(None, "tool_calls", tool_calls=[{"id": "1"}])), "tool_calls"),
     "tools in a stream": (stream(delta(tool_calls=[{"index": 0}]), delta(end="tool_calls")), "tool_calls"),
     "refused": (http(answer(None, refusal="I would rather not.")), "refusal"),
@@ -275,7 +278,7 @@ def test_a_server_that_does_not_count_is_asked_without(server):
 
 
 def test_what_failed_and_cost_is_on_record(server):
-    assert server.ask("filtered")[1][0]["usage"] == {"prompt_tokens": 3}
+    assert server.ask("filtered")[1][0]["usage"] == COUNTED
     assert server.ask("an unfinished stream")[1][0]["text"] == "a bo"
     assert not {"usage", "text"} & server.ask("a page")[1][0].keys()
 
@@ -292,6 +295,16 @@ def test_a_run_has_a_row_for_each(server, tmp_path):
     answered = {a.question["text"]: a for a in EndpointAnswerer(server.endpoint(), settings=ONCE).answers(questions)}
     assert {c: a.kind for c, a in answered.items()} == {c: r["error_kind"] for c, r in rows.items()}
     assert all(bool(a.error) == (c in BROKEN) for c, a in answered.items())
+
+
+def test_failed_calls_cost_too(server, tmp_path):
+    price = Price(input=1., output=10., currency="CNY", date="2026-01-01")
+    questions = [dict(question_id=c, text=c) for c in ("plain", "filtered", "an unfinished stream", "a page")]
+    run_load(questions, [replace(server.endpoint(), price=price)], tmp_path/"out.jsonl", settings=ONCE)
+    rows = {r["prompt"]: r for r in read_jsonl(tmp_path/"out.jsonl")}
+    assert rows["filtered"]["cost"] == pytest.approx(price.cost(3, 2))
+    assert rows["an unfinished stream"]["cost"] > 0 and rows["a page"]["cost"] is None and rows["plain"]["cost"] > 0
+    assert summarise(list(rows.values()))["cost"]["total"] == pytest.approx(sum(r["cost"] or 0 for r in rows.values()))
 
 
 WHOLE = [raw for raw, _ in (FINE | BROKEN).values() if len(raw) < 1000]

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'STATUS', 'MOST', 'Settings', 'encode_image', 'make_body', 'estimate_tokens', 'Kind', 'Trouble',
            'retry_after', 'what_was_said', 'refused', 'name_trouble', 'Reply', 'after_thought', 'read_content',
            'read_usage', 'read_error', 'mend_text', 'run_async', 'read_json', 'read_reply', 'complete', 'limiter',
-           'open_session', 'Client', 'Failed', 'concurrently', 'check_server', 'EndpointAnswerer']
+           'open_session', 'Client', 'tokens_lost', 'Failed', 'concurrently', 'check_server', 'EndpointAnswerer']
 
 # %% ../../nbs/api/32_client.ipynb #91421d0a
 import asyncio, email.utils, html, io, json, math, queue, random, re, ssl, threading, time
@@ -623,6 +623,23 @@ async def ask(self: Client,
             return None, tries
         record["wait"] = round(wait, 5)
         await asyncio.sleep(wait)
+
+# %% ../../nbs/api/32_client.ipynb #b1176fe6
+_ANSWERED = "truncated", "empty", "content_filter", "tool_calls", "refusal"
+
+def tokens_lost(
+    tries: list, # records of attempts, as `ask` returns them
+    prompt: str, # what was asked
+    image: tuple | None = None, # (width, height) of its image
+) -> tuple[int, int]: # input and output tokens
+    "What failed attempts cost that the model had begun to answer: as the server counted, or an estimate."
+    lost = [0, 0]
+    for t in tries:
+        usage, text = t.get("usage") or {}, t.get("text", "")
+        if usage or text or t["error"] in _ANSWERED:
+            lost[0] += usage.get("prompt_tokens", estimate_tokens(prompt, image))
+            lost[1] += usage.get("completion_tokens", estimate_tokens(text))
+    return tuple(lost)
 
 # %% ../../nbs/api/32_client.ipynb #c0de0002
 class Failed(TitaError):

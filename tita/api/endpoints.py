@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Secret', 'redact', 'Price', 'Endpoint', 'check_url', 'read_providers', 'default_providers', 'load_providers',
-           'given_key', 'find_endpoint', 'any_endpoint', 'provider_table']
+           'given_key', 'find_endpoint', 'any_endpoint']
 
 # %% ../../nbs/api/30_endpoints.ipynb #7204e20c
 import difflib, os, re, tomllib
@@ -176,9 +176,9 @@ def given_key(
 ) -> Secret:
     "The key of the command line. Raises `TitaError` where a variable of the shell was not set."
     if not value.strip() or value.startswith("-"):
-        other = f"export {variable}=..., which is read by itself" if variable else "name the variable with --key-env"
-        why = "--api-key is followed by no key, so the variable that it comes from, such as $KEY, is not set"
-        raise TitaError(f"{why}; export KEY=... and run again, or leave --api-key out and {other}")
+        why = "--api-key has no key behind it: is the variable set that you wrote there, for instance $KEY?"
+        other = variable or "the provider's own variable"
+        raise TitaError(f"{why} Set it (export KEY=...), or leave --api-key out and set {other}")
     return Secret(value, "--api-key")
 
 def _key(name: str, api_key: str | None, variable: str | None, env) -> Secret | None:
@@ -238,24 +238,3 @@ def any_endpoint(
     optional = not needs_key and not env.get(key_env or "", "").strip()
     key = _key(model, api_key, None if optional else key_env, env)
     return Endpoint(model, model, url, key, key_env=key_env or "", **limits)
-
-# %% ../../nbs/api/30_endpoints.ipynb #d582632a
-def _table_row(known: dict, name: str, model: dict, env) -> dict:
-    "What is known about one model."
-    provider = known["providers"].get(model.get("provider"), {})
-    variable, price = provider.get("key_env", ""), model.get("price", {})
-    names = [name, *(alias for alias, of in known["aliases"].items() if of == name)]
-    key = f"${variable} ({'set' if env.get(variable, '').strip() else 'not set'})" if variable else "none needed"
-    prices = {k: price.get(k) for k in ("input", "output", "currency", "date")}
-    return dict(model=", ".join(names), provider=model.get("provider", ""), id=model.get("id", "")) | prices | dict(
-        key=key, base_url=provider.get("base_url", ""), note=model.get("note", ""))
-
-def provider_table(
-    known: dict | None = None, # from `load_providers`; None: the default files
-    env=os.environ, # where keys are looked up
-) -> list[dict]: # model, provider, id, input, output, currency, date, key, base_url, note
-    "Providers, models and prices per million tokens, a row each."
-    known = load_providers() if known is None else known
-    bare = set(known["providers"]) - {m.get("provider") for m in known["models"].values()}
-    others = {f"{p}:ID": dict(provider=p, id="any that it serves") for p in known["providers"] if p in bare}
-    return [_table_row(known, name, model, env) for name, model in (known["models"] | others).items()]
