@@ -4,6 +4,8 @@ import json
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -305,6 +307,27 @@ def test_failed_calls_cost_too(server, tmp_path):
     assert rows["filtered"]["cost"] == pytest.approx(price.cost(3, 2))
     assert rows["an unfinished stream"]["cost"] > 0 and rows["a page"]["cost"] is None and rows["plain"]["cost"] > 0
     assert summarise(list(rows.values()))["cost"]["total"] == pytest.approx(sum(r["cost"] or 0 for r in rows.values()))
+
+
+def test_generate_is_as_patient_as_it_is_told(server, tmp_path):
+    "`tita-data generate` over the same client: time limit, retries, names of what went wrong."
+    async def hang(writer, body):
+        await asyncio.sleep(60)
+    server.then["hang"] = hang
+    server.asked.clear()
+    rows = [dict(question_id=c, image="", text=c) for c in ("plain", "hang", "a page", "half a pair")]
+    (tmp_path/"q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    command = [sys.executable, "-c", "from tita.data.data_cli import main; main()", "generate", tmp_path/"q.jsonl"]
+    asked = ["--view", "none", "--images", tmp_path, "--out", tmp_path/"a.jsonl", "--engine", "openai", "--model", "m"]
+    patience = ["--base-url", server.endpoint().base_url, "--timeout", 3, "--retries", 1, "--max-rps", 100]
+    run = subprocess.run(list(map(str, command + asked + patience)), capture_output=True, text=True)
+    assert run.returncode == 1, run.stdout + run.stderr
+    failed = {r["question_id"]: (r["error_kind"], r["error"]) for r in read_jsonl(tmp_path/"a.errors.jsonl")}
+    nginx = "server_error", "HTTP 502: 502 Bad Gateway nginx"
+    assert failed == {"hang": ("timeout", "no answer within 3 s"), "a page": nginx}
+    answers = {r["question_id"]: r["answer"] for r in read_jsonl(tmp_path/"a.jsonl")}
+    assert answers == {"plain": "a boat", "half a pair": "a \ufffd boat"}
+    assert sum(b'"a page"' in body for body in server.asked) == 2
 
 
 WHOLE = [raw for raw, _ in (FINE | BROKEN).values() if len(raw) < 1000]
