@@ -1,4 +1,4 @@
-"Packaging. pyproject.toml, as nbdev writes it, leaves every field to this file; this file takes them from settings.ini."
+"Packaging. pyproject.toml, as nbdev writes it, leaves every field to this file; it takes them from settings.ini."
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -12,7 +12,8 @@ if not config.read(root/"settings.ini", encoding="utf-8"):
 cfg = config["DEFAULT"]
 
 licenses = {"apache2": ("Apache-2.0", "LICENSE")}
-statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature", "7 - Inactive"]
+statuses = [
+    "1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature", "7 - Inactive"]
 low, high = (int(cfg[k].split(".")[1]) for k in ("min_python", "max_python"))
 extras = {k.removesuffix("_requirements"): v.split() for k, v in cfg.items() if k.endswith("_requirements")}
 spdx, license_file = licenses[cfg["license"]]

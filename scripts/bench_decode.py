@@ -153,8 +153,8 @@ def counted(engines: list) -> dict:
     total = lambda k: sum(getattr(e, k, 0) for e in engines)
     tokens = max(1, total("produced"))
     experts = [x for e in engines for x in e.experts]
-    out = dict(base_forwards_per_token=sum(e.experts[0].row_forwards for e in engines) / tokens, bytes_per_token=sum(x.forwards * weights(x) + x.read * cached(x) for x in experts) / tokens)
-    out["other_forwards_per_token"] = sum(x.row_forwards for x in experts) / tokens - out["base_forwards_per_token"]
+    out = dict(base_forwards_per_token=sum(e.experts[0].counts.row_forwards for e in engines) / tokens, bytes_per_token=sum(x.counts.forwards * weights(x) + x.counts.read * cached(x) for x in experts) / tokens)
+    out["other_forwards_per_token"] = sum(x.counts.row_forwards for x in experts) / tokens - out["base_forwards_per_token"]
     if total("drafted"):
         out["acceptance"] = total("accepted") / total("drafted")
     if total("answered"):

@@ -9,7 +9,8 @@ from packaging.utils import canonicalize_name
 from test_repo import CFG, MODULES, ROOT, imported_packages
 
 SOURCES = "setup.py settings.ini pyproject.toml MANIFEST.in README.md CHANGELOG.md LICENSE data tita".split()
-ALONE = os.environ | {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_CONFIG_FILE": os.devnull, "PYTHONPATH": ""}
+PIP = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_CONFIG_FILE": os.devnull}
+ALONE = os.environ | PIP | {"PYTHONPATH": ""}
 
 
 def run(*command, cwd):
@@ -32,7 +33,8 @@ def built(tmp_path_factory):
 
 def data_files():
     "What a user of an installed package needs of the repository's `data`."
-    return {p.relative_to(ROOT/"data").as_posix() for p in (ROOT/"data/world").rglob("*") if p.is_file()} | {"providers.toml"}
+    files = [p for p in (ROOT/"data/world").rglob("*") if p.is_file()] + [ROOT/"data/providers.toml"]
+    return {p.relative_to(ROOT/"data").as_posix() for p in files}
 
 
 def test_wheel_holds_modules_and_data(built):

@@ -271,7 +271,8 @@ def image_path(
         if not path.resolve().is_relative_to(root.resolve()):
             raise TitaError(f"image {name!r} is a link that leaves its folder {root}; copy the file into it")
         return path
-    raise TitaError(f"image {name!r} is not in {root}; " + ("check the name" if root.is_dir() else "there is no such folder"))
+    cure = "check the name" if root.is_dir() else "there is no such folder"
+    raise TitaError(f"image {name!r} is not in {root}; {cure}")
 
 # %% ../nbs/00_core.ipynb #eecb42d8
 def _to_rgb(im):
@@ -361,7 +362,7 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
 
 def run_info(
-    packages=("torch", "transformers", "trl", "deepspeed", "peft", "datasets", "numpy", "pillow"), # whose versions are told
+    packages="torch transformers trl deepspeed peft datasets numpy pillow".split(), # whose versions are told
 ) -> dict: # commit, versions, machine, time (UTC)
     "What made a run: enough to repeat it, nothing that tells who ran it or where."
     code = dict(commit=_git("rev-parse", "HEAD"), changed=bool(_git("status", "--porcelain", "--untracked-files=no")))
@@ -379,4 +380,5 @@ def shipped(
     for found in (home/name for home in homes):
         if found.exists():
             return found
-    raise TitaError(f"data/{name} is in neither {homes[0]} nor {homes[1]}; install tita again, or restore the repository's `data`")
+    cure = "install tita again, or restore the repository's `data`"
+    raise TitaError(f"data/{name} is in neither {homes[0]} nor {homes[1]}; {cure}")

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'Images', 'Out', 'Seed', 'ENGINES', 'Engine', 'Model', 'Views', 'Samples', 'Temperature', 'TopP', 'Longest',
-           'Batch', 'BaseUrl', 'KeyEnv', 'Concurrency', 'Actors', 'Gpus', 'Shard', 'Device', 'Dtype', 'SkipBad',
-           'METHODS', 'TARGETS', 'about', 'parse_sources', 'questions_command', 'check_command', 'model_folder',
-           'short_name', 'build_engine', 'parse_shard', 'finish', 'generate_command', 'load_answers',
-           'annotate_command', 'fuse_with_server', 'pairs_command', 'read_scored', 'read_any', 'convert',
-           'convert_command', 'main']
+           'Batch', 'BaseUrl', 'KeyEnv', 'Concurrency', 'Timeout', 'Retries', 'MaxRps', 'Actors', 'Gpus', 'Shard',
+           'Device', 'Dtype', 'SkipBad', 'METHODS', 'TARGETS', 'about', 'parse_sources', 'questions_command',
+           'check_command', 'model_folder', 'short_name', 'build_engine', 'parse_shard', 'finish', 'generate_command',
+           'load_answers', 'annotate_command', 'fuse_with_server', 'pairs_command', 'read_scored', 'read_any',
+           'convert', 'convert_command', 'main']
 
 # %% ../../nbs/data/46_data_cli.ipynb #0f7feba5
 import json, sys
@@ -114,6 +114,7 @@ def build_engine(
     base_url: str | None = None, key_env: str = "OPENAI_API_KEY", concurrency: int = 8, # of a server
     actors: int = 1, gpus: float = 0., # of a cluster
     device: str | None = None, dtype: str = "auto", # of a model in this process
+    timeout: float = 120., retries: int = 5, max_rps: float | None = None, # how patiently a server is asked
 ): # an engine of `tita.data.answers` or `tita.data.answerers`
     "Whoever answers. Raises `TitaError` for options that do not fit."
     from tita.data.answerers import EndpointEngine, RayEngine, server_endpoint
@@ -125,7 +126,9 @@ def build_engine(
     if engine != "openai" and base_url:
         raise TitaError(f"--base-url is for engine openai, not {engine}; give --engine openai or leave it out")
     if engine == "openai":
-        return EndpointEngine(server_endpoint(base_url, model, key_env, concurrency), images, names, **settings)
+        from tita.api.client import Settings
+        endpoint = server_endpoint(base_url, model, key_env, concurrency, max_rps)
+        return EndpointEngine(endpoint, images, names, settings=Settings(timeout=timeout, retries=retries), **settings)
     if engine == "ray":
         return RayEngine(model_folder(model), str(images), names, settings | {"batch_size": batch_size, "model_name": short_name(model)}, actors, gpus)
     from tita.models import load_processor, load_vlm
@@ -172,6 +175,9 @@ Samples, Temperature, TopP = _opt(int, "answers to each question on each view", 
 Longest, Batch = _opt(int, "greatest length of an answer, tokens", "--max-new-tokens", min=1), _opt(int, "rows in one call of the model", min=1)
 BaseUrl, KeyEnv = _opt(str, "of an OpenAI-compatible server, http://HOST:PORT/v1"), _opt(str, "environment variable that holds the key")
 Concurrency = _opt(int, "requests under way at a time", min=1)
+Timeout = _opt(float, "seconds for one attempt at a server", min=.001)
+Retries = _opt(int, "attempts at a server after the first", min=0)
+MaxRps = _opt(float, "never more requests a second at a server, retries included", min=.001)
 Actors, Gpus = _opt(int, "with ray: copies of the model", min=1), _opt(float, "with ray: GPUs of each copy")
 Shard, Device, Dtype = _opt(str, "I/N: answer only this part of the images"), _opt(str, "cpu, cuda, or auto to spread the model"), _opt(str, "auto, float32, bfloat16")
 SkipBad = _opt(bool, "leave out lines that are no questions, and say which", "--skip-bad")
@@ -192,6 +198,7 @@ def generate_command(
     samples: Samples = 1, temperature: Temperature = 0., top_p: TopP = 1., max_new_tokens: Longest = 512, batch_size: Batch = 64, seed: Seed = 0,
     shard: Shard = None, skip_bad: SkipBad = False, base_url: BaseUrl = None, key_env: KeyEnv = "OPENAI_API_KEY", concurrency: Concurrency = 8,
     actors: Actors = 1, gpus: Gpus = 0., device: Device = None, dtype: Dtype = "auto",
+    timeout: Timeout = 120., retries: Retries = 5, max_rps: MaxRps = None,
 ):
     "Answer every question on every view. The same command again continues where it was stopped."
     bad, left_out = _skipper(questions, skip_bad)
@@ -206,7 +213,8 @@ def generate_command(
     tasks = [t for t in plan_answers(rows, view, samples) if seed_for("shard", t["image"]) % of == part]
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     names = sorted({r["image"] for r in rows if r["image"]})
-    who = build_engine(engine, model, images, names, settings, batch_size, base_url, key_env, concurrency, actors, gpus, device, dtype)
+    who = build_engine(engine, model, images, names, settings, batch_size, base_url, key_env, concurrency, actors, gpus, device, dtype,
+        timeout, retries, max_rps)
     count = run_engine(who, tasks, out, {"engine": engine, "model": short_name(model), "questions": questions.name} | settings)
     finish(count, out, {r["question_id"]: f"{questions}:{line}" for line, r in placed})
     if left_out:

@@ -16,13 +16,12 @@ from fastcore.basics import patch
 from PIL import Image
 from ..core import TitaError, image_path, progress, stable_hash
 from .engine import Engine, Output, Row
-from .experts import Encoder, Expert, TokenMap, share_towers
+from .experts import Expert, share_towers
+from .prompts import Encoder
+from .vocabularies import TokenMap
 from .guidance import FORMS, Guidance
-from .pace import Pace
-from .speculation import SpeculativeEngine
-from ..models import check_pair, load_processor, load_vlm, vision_tower
+from ..models import answer_ids, check_pair, load_processor, load_vlm, vision_tower
 from .sampling import Sampling
-from ..views import parse_view, view_seed
 
 # %% ../../nbs/decode/18_decoder.ipynb #3c3dddec
 def _load(model, dtype, device, known: dict):
@@ -350,9 +349,10 @@ def score(self: AlignedDecoder,
 ) -> list[Output]: # the answers, with the rewards of their tokens
     "Token rewards of given answers."
     images, questions = _pairs(images, questions)
-    s, tok = self._sampling(), self.encoders[0].tokenizer
+    s = self._sampling()
     if len(answers) != len(questions):
         raise TitaError(f"{len(answers)} answers and {len(questions)} questions; give one for each")
-    ids = [tok(a, add_special_tokens=False)["input_ids"] + list(s.eos[:1]) if isinstance(a, str) else list(a) for a in answers]
+    texts = iter(answer_ids(self.processor, [a for a in answers if isinstance(a, str)]))
+    ids = [next(texts) if isinstance(a, str) else list(a) for a in answers]
     rows = [Row(i, q, _list(im), s, 0, forced=f) for i, (q, im, f) in enumerate(zip(questions, images, ids))]
     return self._run(rows, self.engine(len(rows)), errors or ("raise" if len(rows) == 1 else "row"))

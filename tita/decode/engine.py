@@ -19,7 +19,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 from ..core import TitaError, open_image, seed_for
-from .experts import Encoder, Expert, Prompt, carry_over, look, share_towers
+from .experts import Expert, look, share_towers
+from .prompts import Encoder, Prompt
+from .vocabularies import carry_over
 from .sampling import Sampling, accept, invert, propose, uniform
 from ..views import View, parse_view
 
