@@ -421,7 +421,6 @@ def read_any(
         return "answers", read_answers(path)
     return "questions", read_questions(path)
 
-# %% ../../nbs/data/46_data_cli.ipynb #2c6e0a0b
 def _found(source: Path, rows: list[dict], images: Path) -> list[dict]:
     from tita.data.pairs import found_names
     try:
