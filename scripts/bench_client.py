@@ -1,10 +1,11 @@
-"""What the benchmark client itself costs: wall time against the ideal, CPU time a request, and the ratio to asking one by one.
+"""What the benchmark client itself costs: wall time against the ideal and against asking one by one, CPU time.
 
-    python scripts/bench_client.py [--questions 500] [--latency 0.05] [--concurrency 32] [--tokens 4] [--image] [--out FILE]
+    python scripts/bench_client.py [--questions 500] [--latency 0.05] [--concurrency 32] [--tokens 4] [--image]
+                                   [--out FILE]
 
-The server is a stand-in on this machine, in a process of its own, that answers after LATENCY seconds. Ideal is the time in which
-CONCURRENCY perfect users would have asked everything. The baseline asks one question after the other and sleeps a second
-after each; it is measured on a few questions and extrapolated.
+The server is a stand-in on this machine, in a process of its own, that answers after LATENCY seconds. Ideal is the
+time in which CONCURRENCY perfect users would have asked everything. The baseline asks one question after the other and
+sleeps a second after each; it is measured on a few questions and extrapolated.
 """
 import argparse, json, math, os, statistics, sys, tempfile, time
 from pathlib import Path
@@ -21,7 +22,8 @@ def make_questions(folder: Path, n: int, image: bool) -> list:
     "Questions, and one image that all of them are about."
     from PIL import Image
     Image.radial_gradient("L").resize((320, 320)).convert("RGB").save(folder/"image.png")
-    rows = [dict(question_id=i, text=f"What is {i} plus 1?", image="image.png" if image else "") for i in range(n)]
+    shown = "image.png" if image else ""
+    rows = [dict(question_id=i, text=f"What is {i} plus 1?", image=shown) for i in range(n)]
     (folder/"q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return read_questions(folder/"q.jsonl", folder)
 
@@ -29,7 +31,8 @@ def make_questions(folder: Path, n: int, image: bool) -> list:
 def measure(url, questions, folder, concurrency, name) -> dict:
     "Wall and CPU seconds of one run."
     wall, cpu = time.perf_counter(), time.process_time()
-    result = run_load(questions, [any_endpoint(url, "m")], folder/f"{name}.jsonl", folder, Settings(retries=0), [Load(concurrency)])
+    out, how = folder/f"{name}.jsonl", Settings(retries=0)
+    result = run_load(questions, [any_endpoint(url, "m")], out, folder, how, [Load(concurrency)])
     assert result["failed"] == 0 and result["asked"] == len(questions), result
     return dict(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
 
@@ -40,12 +43,13 @@ def one_by_one(url, latency: float, n: int = 3) -> float:
     client = OpenAI(base_url=url, api_key="none")
     start = time.perf_counter()
     for i in range(n):
-        client.chat.completions.create(model="m", messages=[dict(role="user", content=f"What is {i} plus 1?")], max_tokens=1024, temperature=.1)
+        asked = [dict(role="user", content=f"What is {i} plus 1?")]
+        client.chat.completions.create(model="m", messages=asked, max_tokens=1024, temperature=.1)
         time.sleep(1)
     return (time.perf_counter() - start) / n
 
 
-def main():
+def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--questions", type=int, default=500)
     p.add_argument("--latency", type=float, default=.05)
@@ -54,21 +58,33 @@ def main():
     p.add_argument("--image", action="store_true", help="send an image with each question")
     p.add_argument("--repeat", type=int, default=10, help="runs, of which the fastest counts")
     p.add_argument("--out", help="write the numbers as JSON")
-    a = p.parse_args()
-    os.environ.setdefault("TITA_PROGRESS", "0")
+    return p.parse_args()
+
+
+def measure_all(a) -> tuple[list[dict], float]:
+    "Each run, and the seconds a question when asked one by one."
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
         questions = make_questions(folder, a.questions, a.image)
         with standin(models={"m": dict(delay=a.latency, prefix="so " * max(0, a.tokens - 4))}) as url:
             measure(url, questions[:8], folder, 8, "warm")
             runs = [measure(url, questions, folder, a.concurrency, f"run{i}") for i in range(a.repeat)]
-            single = one_by_one(url, a.latency)
-    best, usual = min(runs, key=lambda r: r["wall"]), statistics.median(r["wall"] for r in runs)
-    ideal = math.ceil(a.questions / a.concurrency) * a.latency
-    result = dict(questions=a.questions, latency=a.latency, concurrency=a.concurrency, tokens=a.tokens, image=a.image, ideal=ideal, wall=best["wall"], ratio=best["wall"] / ideal, median_ratio=usual / ideal,
-        cpu_ms=1e3 * min(r["cpu"] for r in runs) / a.questions, one_by_one=single * a.questions, faster=single * a.questions / best["wall"], runs=runs, machine=run_info(("openai",)))
-    print(f"{a.questions} questions of {1e3 * a.latency:g} ms, {a.concurrency} at once: {best['wall']:.2f} s, {result['ratio']:.2f} x the ideal {ideal:.2f} s (median {usual / ideal:.2f} x); "
-        f"{result['cpu_ms']:.1f} ms CPU a request; one by one {single * a.questions:.0f} s, {result['faster']:.0f} x as long")
+            return runs, one_by_one(url, a.latency)
+
+
+def main():
+    a = arguments()
+    os.environ.setdefault("TITA_PROGRESS", "0")
+    runs, single = measure_all(a)
+    wall, usual = min(r["wall"] for r in runs), statistics.median(r["wall"] for r in runs)
+    ideal, alone = math.ceil(a.questions / a.concurrency) * a.latency, single * a.questions
+    asked = {k: getattr(a, k) for k in ("questions", "latency", "concurrency", "tokens", "image")}
+    result = asked | dict(ideal=ideal, wall=wall, ratio=wall / ideal, median_ratio=usual / ideal,
+        cpu_ms=1e3 * min(r["cpu"] for r in runs) / a.questions, one_by_one=alone, faster=alone / wall,
+        runs=runs, machine=run_info(("openai", "aiohttp")))
+    print(f"{a.questions} questions of {1e3 * a.latency:g} ms, {a.concurrency} at once: {wall:.2f} s, "
+        f"{result['ratio']:.2f} x the ideal {ideal:.2f} s (median {usual / ideal:.2f} x); "
+        f"{result['cpu_ms']:.1f} ms CPU a request; one by one {alone:.0f} s, {result['faster']:.0f} x as long")
     if a.out:
         write_json(a.out, result)
 

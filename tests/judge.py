@@ -2,9 +2,9 @@
 
     python tests/judge.py BAD
 
-BAD is the share of requests that go wrong: malformed JSON, refusals, 429, 500, dropped connections, in turn. Prints its
-address. A question with the word "forbidden" is always refused. Asked for no scores, it answers with a word that depends
-on the image.
+BAD is the share of requests that go wrong: malformed JSON, refusals, 429, 500, dropped connections, in turn. Prints
+its address. A question with the word "forbidden" is always refused. Asked for no scores, it answers with a word that
+depends on the image.
 Ends when its standard input closes (so never after the process that started it).
 """
 import base64, contextlib, hashlib, json, random, re, subprocess, sys, threading

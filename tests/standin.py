@@ -1,9 +1,9 @@
 """A stand-in endpoint as a process of its own: loopback only, stops by itself.
 
-    python tests/standin.py '{"answers": "questions.jsonl", "models": {"m": {"delay": 0.05}}, "faults": {"429": 0.1}}' [LOG]
+    python tests/standin.py '{"answers": "q.jsonl", "models": {"m": {"delay": 0.05}}, "faults": {"429": 0.1}}' [LOG]
 
-Prints its address. Ends when its standard input closes (so never after the process that started it) or after ten minutes.
-LOG gets a line for each request, when it arrives.
+Prints its address. Ends when its standard input closes (so never after the process that started it) or after ten
+minutes. LOG gets a line for each request, when it arrives.
 """
 import asyncio, contextlib, json, subprocess, sys, threading
 from pathlib import Path
@@ -37,7 +37,10 @@ def main(config: str, log: str | None = None):
             await asyncio.sleep(.01)
         print(server.url, flush=True)
         loop = asyncio.get_running_loop()
-        threading.Thread(target=lambda: (sys.stdin.buffer.read(), loop.call_soon_threadsafe(task.cancel)), daemon=True).start()
+        def until_nobody_listens():
+            sys.stdin.buffer.read()
+            loop.call_soon_threadsafe(task.cancel)
+        threading.Thread(target=until_nobody_listens, daemon=True).start()
         with contextlib.suppress(asyncio.CancelledError, asyncio.TimeoutError):
             await asyncio.wait_for(task, 600)
     asyncio.run(serve())
@@ -46,8 +49,9 @@ def main(config: str, log: str | None = None):
 @contextlib.contextmanager
 def standin(log=None, **config):
     "Start it, give its address, end it."
-    p = subprocess.Popen([sys.executable, __file__, json.dumps(config, default=str), *([str(log)] if log else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        cwd=Path(__file__).resolve().parent.parent)
+    command = [sys.executable, __file__, json.dumps(config, default=str), *([str(log)] if log else [])]
+    root = Path(__file__).resolve().parent.parent
+    p = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
     try:
         if not (url := p.stdout.readline().strip()):
             raise RuntimeError("the stand-in server did not start")

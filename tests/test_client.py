@@ -1,16 +1,20 @@
-"The client against servers that send any bytes at all, over raw sockets: whatever comes has a name, and no run ends by it."
+"The client against servers that send any bytes at all: whatever comes has a name, and no run ends by it."
 import asyncio
 import json
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from tita.api.client import KINDS, Client, EndpointAnswerer, Settings, make_body, run_async
-from tita.api.endpoints import any_endpoint
+from tita.api.endpoints import Price, any_endpoint
+from tita.bench.scores import summarise
 from tita.bench.traffic import run_load
 from tita.core import read_jsonl
 
@@ -20,13 +24,15 @@ HURRIED = Settings(retries=0, timeout=.3)
 
 def http(body, status="200 OK", kind="application/json", **headers) -> bytes:
     "A whole response."
-    raw = body if isinstance(body, bytes) else body.encode() if isinstance(body, str) else json.dumps(body).encode()
+    text = body if isinstance(body, (bytes, str)) else json.dumps(body)
+    raw = text.encode() if isinstance(text, str) else text
     lines = [f"HTTP/1.1 {status}", f"content-type: {kind}", f"content-length: {len(raw)}", "connection: close"]
     return "\r\n".join([*lines, *(f"{k}: {v}" for k, v in headers.items())]).encode() + b"\r\n\r\n" + raw
 
 
 def answer(content="a boat", end="stop", **message) -> dict:
-    return {"choices": [{"message": {"content": content, **message}, "finish_reason": end}], "usage": {"prompt_tokens": 3}}
+    choice = {"message": {"content": content, **message}, "finish_reason": end}
+    return {"choices": [choice], "usage": {"prompt_tokens": 3}}
 
 
 def stream(*pieces, done=True, head=None) -> bytes:
@@ -42,6 +48,7 @@ def delta(content=None, end=None, **more) -> dict:
 
 OK = "HTTP/1.1 200 OK\r\n"
 CHUNKED = f"{OK}content-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+COUNTED = {"prompt_tokens": 3, "completion_tokens": 2}
 FASTAPI = {"detail": [{"type": "missing", "loc": ["body", "messages"], "msg": "Field required"}]}
 NESTED = "[" * 100_000
 
@@ -84,7 +91,7 @@ BROKEN = {
     "blank": (stream(delta(" \n"), delta(end="stop")), "empty"),
     "null": (http(answer(None)), "empty"),
     "only thought": (stream(delta("<think>is it", end="length")), "empty"),
-    "filtered": (http(answer("a b", "content_filter")), "content_filter"),
+    "filtered": (http(answer("a b", "content_filter") | {"usage": COUNTED}), "content_filter"),
     "tools": (http(answer(None, "tool_calls", tool_calls=[{"id": "1"}])), "tool_calls"),
     "tools in a stream": (stream(delta(tool_calls=[{"index": 0}]), delta(end="tool_calls")), "tool_calls"),
     "refused": (http(answer(None, refusal="I would rather not.")), "refusal"),
@@ -107,16 +114,16 @@ BROKEN = {
 FINE = {
     "plain": (http(answer()), "a boat"),
     "a long header": (http(answer(), **{"x-trace": "x" * 20_000}), "a boat"),
-    "half a pair": (http(b'{"choices": [{"message": {"content": "a \\ud83d boat"}, "finish_reason": "stop"}]}'), "a \ufffd boat"),
+    "half a pair": (http(answer("a \ud83d boat")), "a \ufffd boat"),
     "a pair in two pieces": (stream(delta("\ud83d"), delta("\ude00", "stop")), "😀"),
     "parts": (http(answer([{"type": "text", "text": "a "}, {"type": "text", "text": "boat"}])), "a boat"),
     "cut at the length": (http(answer(end="length")), "a boat"),
     "no reason to end": (stream(delta("a boat"), {"choices": [], "usage": {"prompt_tokens": 3}}), "a boat"),
     "no done": (stream(delta("a boat", "stop"), done=False), "a boat"),
     "a whole answer to a stream": (http(answer(), kind="text/plain"), "a boat"),
-    "lines that mean nothing": (stream(delta("a boat", "stop")).replace(b"data:", b": ping\nevent: x\ndata:"), "a boat"),
+    "comments": (stream(delta("a boat", "stop")).replace(b"data:", b": ping\nevent: x\ndata:"), "a boat"),
     "error null": (http(answer() | {"error": None}), "a boat"),
-    "strange counts": (http(answer() | {"usage": {"prompt_tokens": 10**400, "completion_tokens": None}}), "a boat"),
+    "strange counts": (http(answer() | {"usage": {"prompt_tokens": 10**400, "total_tokens": None}}), "a boat"),
     "counts that are none": (http(answer() | {"usage": [1]}), "a boat"),
     "an odd end": (http(answer(end={"reason": "\ud800"})), "a boat"),
     "null delta": (stream(delta("a boat"), {"choices": [{"delta": None, "finish_reason": "stop"}]}), "a boat"),
@@ -263,16 +270,17 @@ def test_what_makes_no_sense_is_not_asked_again(server):
 
 def test_a_server_that_does_not_count_is_asked_without(server):
     "FastAPI refuses fields that it does not know with 422 and a list of places."
-    wrong = {"detail": [{"type": "extra_forbidden", "loc": ["body", "stream_options"], "msg": "Extra inputs are not permitted"}]}
+    wrong = {"type": "extra_forbidden", "loc": ["body", "stream_options"], "msg": "Extra inputs are not permitted"}
     async def strict(writer, body):
-        writer.write(http(wrong, "422 -") if b"stream_options" in body else stream(delta("a boat", "stop")))
+        refused = http({"detail": [wrong]}, "422 -")
+        writer.write(refused if b"stream_options" in body else stream(delta("a boat", "stop")))
     server.then["strict"] = strict
     reply, tries = server.ask("strict")
     assert reply.text == "a boat" and len(tries) == 1
 
 
 def test_what_failed_and_cost_is_on_record(server):
-    assert server.ask("filtered")[1][0]["usage"] == {"prompt_tokens": 3}
+    assert server.ask("filtered")[1][0]["usage"] == COUNTED
     assert server.ask("an unfinished stream")[1][0]["text"] == "a bo"
     assert not {"usage", "text"} & server.ask("a page")[1][0].keys()
 
@@ -284,26 +292,67 @@ def test_a_run_has_a_row_for_each(server, tmp_path):
     result = run_load(questions, [server.endpoint()], tmp_path/"out.jsonl", settings=ONCE)
     rows = {r["prompt"]: r for r in read_jsonl(tmp_path/"out.jsonl")}
     assert rows.keys() == cases.keys() and result["failed"] == len(BROKEN)
-    assert {c: r["error_kind"] for c, r in rows.items() if not r["success"]} == {c: kind for c, (_, kind) in BROKEN.items()}
+    named = {c: r["error_kind"] for c, r in rows.items() if not r["success"]}
+    assert named == {c: kind for c, (_, kind) in BROKEN.items()}
     answered = {a.question["text"]: a for a in EndpointAnswerer(server.endpoint(), settings=ONCE).answers(questions)}
     assert {c: a.kind for c, a in answered.items()} == {c: r["error_kind"] for c, r in rows.items()}
     assert all(bool(a.error) == (c in BROKEN) for c, a in answered.items())
 
 
+def test_failed_calls_cost_too(server, tmp_path):
+    price = Price(input=1., output=10., currency="CNY", date="2026-01-01")
+    questions = [dict(question_id=c, text=c) for c in ("plain", "filtered", "an unfinished stream", "a page")]
+    run_load(questions, [replace(server.endpoint(), price=price)], tmp_path/"out.jsonl", settings=ONCE)
+    rows = {r["prompt"]: r for r in read_jsonl(tmp_path/"out.jsonl")}
+    assert rows["filtered"]["cost"] == pytest.approx(price.cost(3, 2))
+    assert rows["an unfinished stream"]["cost"] > 0 and rows["a page"]["cost"] is None and rows["plain"]["cost"] > 0
+    assert summarise(list(rows.values()))["cost"]["total"] == pytest.approx(sum(r["cost"] or 0 for r in rows.values()))
+
+
+def test_generate_is_as_patient_as_it_is_told(server, tmp_path):
+    "`tita-data generate` over the same client: time limit, retries, names of what went wrong."
+    async def hang(writer, body):
+        await asyncio.sleep(60)
+    server.then["hang"] = hang
+    server.asked.clear()
+    rows = [dict(question_id=c, image="", text=c) for c in ("plain", "hang", "a page", "half a pair")]
+    (tmp_path/"q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    command = [sys.executable, "-c", "from tita.data.data_cli import main; main()", "generate", tmp_path/"q.jsonl"]
+    asked = ["--view", "none", "--images", tmp_path, "--out", tmp_path/"a.jsonl", "--engine", "openai", "--model", "m"]
+    patience = ["--base-url", server.endpoint().base_url, "--timeout", 3, "--retries", 1, "--max-rps", 100]
+    run = subprocess.run(list(map(str, command + asked + patience)), capture_output=True, text=True)
+    assert run.returncode == 1, run.stdout + run.stderr
+    failed = {r["question_id"]: (r["error_kind"], r["error"]) for r in read_jsonl(tmp_path/"a.errors.jsonl")}
+    nginx = "server_error", "HTTP 502: 502 Bad Gateway nginx"
+    assert failed == {"hang": ("timeout", "no answer within 3 s"), "a page": nginx}
+    answers = {r["question_id"]: r["answer"] for r in read_jsonl(tmp_path/"a.jsonl")}
+    assert answers == {"plain": "a boat", "half a pair": "a \ufffd boat"}
+    assert sum(b'"a page"' in body for body in server.asked) == 2
+
+
+WHOLE = [raw for raw, _ in (FINE | BROKEN).values() if len(raw) < 1000]
+KEYS = ["choices", "message", "delta", "content", "error", "usage", "code", "finish_reason"]
+
+
+@st.composite
 def mutated(draw):
     "A response with some of its bytes replaced, left out or repeated."
-    raw = bytearray(draw(st.sampled_from([raw for raw, _ in (FINE | BROKEN).values() if len(raw) < 1000])))
+    raw = bytearray(draw(st.sampled_from(WHOLE)))
     for _ in range(draw(st.integers(1, 4))):
         at, n = draw(st.integers(0, len(raw))), draw(st.integers(0, 6))
         raw[at:at + n] = draw(st.binary(max_size=6))
     return bytes(raw)
 
 
-BYTES = st.one_of(st.binary(max_size=200), st.composite(mutated)(),
-    st.binary(max_size=80).map(http), st.binary(max_size=80).map(lambda b: CHUNKED + b),
-    st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["choices", "message", "delta", "content", "error", "usage", "code"]), inner, max_size=4)
-    ).map(http))
+def deeper(inner):
+    return st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3), deeper)
+STREAMS = st.lists(JSON, max_size=3).map(lambda pieces: stream(*pieces))
+SHORT = st.binary(max_size=80)
+ODD = SHORT.map(http) | SHORT.map(CHUNKED.__add__)
+BYTES = st.one_of(st.binary(max_size=200), mutated(), JSON.map(http), STREAMS, ODD)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)

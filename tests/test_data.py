@@ -513,7 +513,6 @@ def llava_next(processor):
 
 def qwen2_vl(processor):
     "Images as flat patches with a grid; rotary positions in three directions."
-    from types import SimpleNamespace
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     tok, image = processor.tokenizer, processor.image_token_id
@@ -521,23 +520,40 @@ def qwen2_vl(processor):
         rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.})
     vision = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
     model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(vision_config=vision, text_config=text, image_token_id=image, video_token_id=3, vision_start_token_id=5, vision_end_token_id=6))
-    # its own processor wants torchvision for videos; this is what generation needs of it
-    return model.eval(), SimpleNamespace(chat_template=processor.chat_template, apply_chat_template=processor.apply_chat_template, tokenizer=tok, batch_decode=tok.batch_decode, image_token="<image>",
-        image_processor=Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112), replace_image_token=lambda inputs, image_idx: "<image>" * int(inputs["image_grid_thw"][image_idx].prod() // 4),
-        create_mm_token_type_ids=lambda rows: [[int(i == image) for i in row] for row in rows])
+    return model.eval(), FlatPatches(processor, Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112))
+
+
+class FlatPatches:
+    "Qwen's own processor wants torchvision for videos; this is what generation needs of it."
+    def __init__(self, processor, image_processor):
+        self.tokenizer, self.chat_template = processor.tokenizer, processor.chat_template
+        self.apply_chat_template, self.image = processor.apply_chat_template, processor.image_token_id
+        self.image_token, self.image_processor = "<image>", image_processor
+
+    def __call__(self, text, images, return_tensors="pt", padding=False, add_special_tokens=True):
+        import torch
+        text = [text] if isinstance(text, str) else list(text)
+        seen = self.image_processor(images if isinstance(images, list) else [images], return_tensors="pt")
+        tokens = iter("<image>" * int(grid.prod() // 4) for grid in seen["image_grid_thw"])
+        parts = [t.split("<image>") for t in text]
+        text = ["".join(p + (next(tokens) if i + 1 < len(t) else "") for i, p in enumerate(t)) for t in parts]
+        out = self.tokenizer(text, return_tensors="pt", padding=padding, add_special_tokens=add_special_tokens)
+        return dict(out, **seen, mm_token_type_ids=(out["input_ids"] == self.image).int())
 
 
 @pytest.mark.parametrize("build", [llava_next, qwen2_vl])
-def test_features_computed_once_answer_like_pixels(build, monkeypatch):
+def test_features_computed_once_answer_like_pixels(build):
     import torch
     from tita.data import answers as g
     from tita.world.embedded import make_scenes, tiny_processor
     torch.manual_seed(0)
     model, processor = build(tiny_processor())
-    images = {f"{i}.png": s.image.resize(size) for i, (s, size) in enumerate(zip(make_scenes(4), ((80, 80), (160, 60), (40, 100), (90, 90))))}
-    questions = [dict(question_id=f"{n}-{k}", image=n, text=t) for n in images for k, t in enumerate(("Is there a boat in the image?", "Describe the image."))]
-    features = g.chunk_features(g.LocalEngine(model, processor, images, sorted(images)), g.prepare_views(processor, images, VIEWS)[0])
-    assert len(features) == 8
+    sizes = (80, 80), (160, 60), (40, 100), (90, 90)
+    images = {f"{i}.png": s.image.resize(size) for i, (s, size) in enumerate(zip(make_scenes(4), sizes))}
+    questions = [dict(question_id=f"{n}-{k}", image=n, text=t) for n in images
+                 for k, t in enumerate(("Is there a boat in the image?", "Describe the image."))]
     shared = g.generate_answers(model, processor, questions, images, (*VIEWS, "none"), max_new_tokens=6, batch_size=6)
-    monkeypatch.setattr(g, "takes_features", lambda model: False)
-    assert shared == g.generate_answers(model, processor, questions, images, (*VIEWS, "none"), max_new_tokens=6, batch_size=1) and len(shared) == 24
+    alone = []
+    for q in questions: # a question at a time shares nothing
+        alone += g.generate_answers(model, processor, [q], images, (*VIEWS, "none"), max_new_tokens=6, batch_size=1)
+    assert shared == alone and len(shared) == 24

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'STATUS', 'MOST', 'Settings', 'encode_image', 'make_body', 'estimate_tokens', 'Kind', 'Trouble',
            'retry_after', 'what_was_said', 'refused', 'name_trouble', 'Reply', 'after_thought', 'read_content',
            'read_usage', 'read_error', 'mend_text', 'run_async', 'read_json', 'read_reply', 'complete', 'limiter',
-           'open_session', 'Client', 'Failed', 'concurrently', 'check_server', 'EndpointAnswerer']
+           'open_session', 'Client', 'tokens_lost', 'Failed', 'concurrently', 'check_server', 'EndpointAnswerer']
 
 # %% ../../nbs/api/32_client.ipynb #91421d0a
 import asyncio, email.utils, html, io, json, math, queue, random, re, ssl, threading, time
@@ -114,20 +114,22 @@ class Kind(NamedTuple):
     again: bool = False # is it worth another attempt?
     everyone: bool = False # does it concern every request?
 
-_BAD_KEY = Kind("{url} refuses the key ({said}); set {key}", everyone=True)
+_BAD_KEY, _BROKEN = Kind("{url} refuses the key ({said}); set {key}", everyone=True), Kind("{said}", again=True)
 KINDS = dict(
     bad_request=Kind(), too_large=Kind(), unprocessable=Kind(), redirect=Kind(), quota=Kind(),
     authentication=_BAD_KEY, permission=_BAD_KEY,
     not_found=Kind("{url} does not know the model {model!r} or the path ({said}); check both", everyone=True),
-    request_timeout=Kind(again=True), conflict=Kind(again=True), rate_limit=Kind(again=True), server_error=Kind(again=True),
+    request_timeout=Kind(again=True), conflict=Kind(again=True),
+    rate_limit=Kind(again=True), server_error=Kind(again=True),
     connection=Kind("no connection to {url} ({said}); is the server running?", again=True),
     timeout=Kind("no answer within {seconds:g} s", again=True),
     protocol=Kind("what {url} sends is not HTTP as it should be ({said}); is the address right, with http or https?"),
-    truncated=Kind("{said}", again=True), invalid_json=Kind("{said}", again=True), stream_error=Kind("{said}", again=True),
+    truncated=_BROKEN, invalid_json=_BROKEN, stream_error=_BROKEN,
     empty=Kind("{said}"), content_filter=Kind("{said}"), tool_calls=Kind("{said}"), refusal=Kind("refused: {said}"))
 STATUS = {400: "bad_request", 401: "authentication", 402: "quota", 403: "permission", 404: "not_found",
     408: "request_timeout", 409: "conflict", 413: "too_large", 422: "unprocessable", 429: "rate_limit"}
 
+# %% ../../nbs/api/32_client.ipynb #bffe70fa
 class Trouble(Exception):
     "A failed attempt."
     def __init__(self,
@@ -155,7 +157,8 @@ def retry_after(
 ) -> float | None: # seconds
     "How long the server asks to wait, if it does."
     now = time.time() if now is None else now
-    asked = [_seconds(headers.get("retry-after-ms") or "", 1e-3, now), _seconds(headers.get("retry-after") or "", 1., now)]
+    units = {"retry-after-ms": 1e-3, "retry-after": 1.}
+    asked = (_seconds(headers.get(name) or "", unit, now) for name, unit in units.items())
     return next((max(s, 0.) for s in asked if math.isfinite(s)), None)
 
 # %% ../../nbs/api/32_client.ipynb #7d1f0a02
@@ -163,7 +166,7 @@ def _in_words(error) -> str:
     "An error in any of the forms that servers use."
     if isinstance(error, dict) and isinstance(error.get("message"), str):
         return error["message"]
-    if isinstance(error, dict) and isinstance(error.get("msg"), str):  # FastAPI: the place of a field, and what is wrong with it
+    if isinstance(error, dict) and isinstance(error.get("msg"), str):  # FastAPI
         place = error.get("loc")
         return ".".join(map(str, place if isinstance(place, list) else [place])) + f": {error['msg']}"
     if isinstance(error, list) and error:
@@ -174,15 +177,19 @@ def _of_page(page: str) -> str:
     "The words of a page of HTML."
     return html.unescape(re.sub(r"(?is)<(script|style)\b.*?</\1\s*>|<[^>]*>", " ", page))
 
+# %% ../../nbs/api/32_client.ipynb #7d1f0a06
+def _reason(data):
+    "The part of a JSON response that says what was wrong."
+    named = [data[k] for k in ("error", "detail", "errors", "message") if data.get(k)] if isinstance(data, dict) else []
+    return named[0] if named else data
+
 def what_was_said(
     raw: bytes, # body of a response
 ) -> str: # at most 300 characters in one line
     "The reason that a server gives."
     text = raw.decode("utf-8", "replace")
     with suppress(ValueError, RecursionError):
-        data = json.loads(text)
-        found = [data[k] for k in ("error", "detail", "errors", "message") if data.get(k)] if isinstance(data, dict) else []
-        text = _in_words(found[0] if found else data)
+        text = _in_words(_reason(json.loads(text)))
     if re.match(r"\s*<", text):
         text = _of_page(text)
     return " ".join(text.split())[:300]
@@ -194,12 +201,13 @@ def refused(
     raw: bytes, # its body
 ) -> Trouble:
     "A response that is no answer."
-    kind = "server_error" if status >= 500 else "redirect" if 300 <= status < 400 else STATUS.get(status, f"http_{status}")
-    said = what_was_said(raw)
+    kind, said = STATUS.get(status, f"http_{status}"), what_was_said(raw)
+    if status >= 500:
+        kind = "server_error"
+    if 300 <= status < 400:
+        kind, said = "redirect", f"moved to {headers.get('location', 'nowhere')}; give that as the address"
     if b"insufficient_quota" in raw:
         kind = "quota"
-    if kind == "redirect":
-        said = f"moved to {headers.get('location', 'nowhere')}; give that as the address"
     told = {"true": True, "false": False}.get(headers.get("x-should-retry")) if kind != "quota" else None
     return Trouble(kind, f"{status}: {said or 'no reason given'}", retry_after(headers), told)
 
@@ -241,28 +249,30 @@ class Reply:
     kind: str | None = None # the name of that, see KINDS
     question: dict | None = None # the row that it answers
 
-    @property
-    def ttft(self) -> float | None:
-        "Seconds to the first token, thoughts included."
-        return self.times[0] if self.times else None
-    @property
-    def itl(self) -> list:
-        "Seconds between tokens."
-        return [round(b - a, 5) for a, b in zip(self.times, self.times[1:])]
-    @property
-    def answer(self) -> str:
-        "The text after the thoughts."
-        return after_thought(self.text)
-
-# %% ../../nbs/api/32_client.ipynb #3f95bdd6
+# %% ../../nbs/api/32_client.ipynb #3f95bdde
 def after_thought(
     text: str, # of a model that may think aloud
 ) -> str:
-    "What follows the thoughts in a text, if there are any: `<think> ... </think> answer`, where the first tag may be missing."
+    "What follows the thoughts in a text: `<think> ... </think> answer`, where the first tag may be missing."
     thought, ended, answer = text.rpartition("</think>")
     if ended:
         return answer.strip()
     return "" if text.lstrip().startswith("<think>") else text
+
+@patch(as_prop=True)
+def ttft(self: Reply) -> float | None:
+    "Seconds to the first token, thoughts included."
+    return self.times[0] if self.times else None
+
+@patch(as_prop=True)
+def itl(self: Reply) -> list:
+    "Seconds between tokens."
+    return [round(b - a, 5) for a, b in zip(self.times, self.times[1:])]
+
+@patch(as_prop=True)
+def answer(self: Reply) -> str:
+    "The text after the thoughts."
+    return after_thought(self.text)
 
 # %% ../../nbs/api/32_client.ipynb #3f95bdd9
 def _unfit(what: str, value) -> Trouble:
@@ -293,8 +303,10 @@ def read_usage(
     usage, # as a server sent it
 ) -> dict | None: # its whole numbers
     "The numbers of tokens that a server counted."
+    def counts(n):
+        return isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**53
     if isinstance(usage, dict):
-        return {k: n for k, n in usage.items() if isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**53} or None
+        return {k: n for k, n in usage.items() if counts(n)} or None
 
 def read_error(
     piece: dict, # of a stream, or a whole answer
@@ -327,6 +339,7 @@ def add(self: Reply, piece, at: float | None):
         self.end = str(choice.get("finish_reason") or self.end or "") or None
         self._hear(_object(choice.get("delta") or choice.get("message"), "the message"), at)
 
+# %% ../../nbs/api/32_client.ipynb #74278389
 def _text(message: dict, key: str) -> str:
     return message[key] if isinstance(message.get(key), str) else ""
 
@@ -354,6 +367,7 @@ def mend_text(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
+# %% ../../nbs/api/32_client.ipynb #70d8cb72
 @patch
 def check(self: Reply):
     "Raise `Trouble` if this is no answer."
@@ -392,6 +406,7 @@ def read_json(raw: bytes):
     except (ValueError, RecursionError):  # no JSON, no UTF-8, a number of 5,000 digits, 100,000 brackets
         raise Trouble("invalid_json", f"not JSON: {what_was_said(raw) or 'nothing'}") from None
 
+# %% ../../nbs/api/32_client.ipynb #2be0d6c7
 MOST = 2**26 # bytes of one answer: nothing that answers a question is longer
 
 async def read_reply(
@@ -446,6 +461,7 @@ async def _read_some(content, most: int = 2**16) -> bytes:
             raw += chunk
     return raw
 
+# %% ../../nbs/api/32_client.ipynb #0abdb8b1
 @contextmanager
 def _ends_with(response):
     "A body ends with its connection at the latest. Where a late chunk is no HTTP, aiohttp alone would wait for more."
@@ -502,9 +518,10 @@ def open_session(
         from httpx import create_ssl_context  # certificates of certifi, or those that the environment names
     connector = aiohttp.TCPConnector(limit=0, ssl=create_ssl_context() if secure else True)
     key = endpoint.key.reveal() if endpoint.key else "none"
-    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", "User-Agent": "tita", "Accept-Encoding": "identity"}
-    return aiohttp.ClientSession(connector=connector, headers=headers, cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=None), max_line_size=2**16, max_field_size=2**16)
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", "User-Agent": "tita"}
+    limits = dict(timeout=aiohttp.ClientTimeout(total=None), max_line_size=2**16, max_field_size=2**16)
+    plain = headers | {"Accept-Encoding": "identity"}  # a compressed stream comes in larger pieces
+    return aiohttp.ClientSession(connector=connector, headers=plain, cookie_jar=aiohttp.DummyCookieJar(), **limits)
 
 # %% ../../nbs/api/32_client.ipynb #8a498d36
 class Client:
@@ -548,7 +565,14 @@ async def attempt(self: Client, body: dict, reply: Reply | None = None) -> Reply
             return await self.attempt(body, reply)
         raise trouble from None
     finally:
-        reply.text, reply.thought, reply.end = mend_text(reply.text), mend_text(reply.thought), mend_text(reply.end or "") or None
+        reply.mend()
+
+# %% ../../nbs/api/32_client.ipynb #1f7056fd
+@patch
+def mend(self: Reply):
+    "Make texts that can be written."
+    self.text, self.thought = mend_text(self.text), mend_text(self.thought)
+    self.end = self.end and mend_text(self.end)
 
 @patch
 def hide(self: Client, text: str) -> str:
@@ -561,6 +585,7 @@ def pause(self: Client, k: int) -> float:
     "Seconds before retry `k`, counted from 0."
     return min(self.settings.backoff * 2**k * self._rng.uniform(.5, 2), self.settings.max_wait)
 
+# %% ../../nbs/api/32_client.ipynb #cbea7c5d
 @patch
 async def try_once(self: Client, body: dict) -> tuple[Reply | None, Trouble | None, dict]:
     "One attempt, and its record: seconds, error, message, wait; where it failed also what may have cost something."
@@ -599,9 +624,26 @@ async def ask(self: Client,
         record["wait"] = round(wait, 5)
         await asyncio.sleep(wait)
 
+# %% ../../nbs/api/32_client.ipynb #b1176fe6
+_ANSWERED = "truncated", "empty", "content_filter", "tool_calls", "refusal"
+
+def tokens_lost(
+    tries: list, # records of attempts, as `ask` returns them
+    prompt: str, # what was asked
+    image: tuple | None = None, # (width, height) of its image
+) -> tuple[int, int]: # input and output tokens
+    "What failed attempts cost that the model had begun to answer: as the server counted, or an estimate."
+    lost = [0, 0]
+    for t in tries:
+        usage, text = t.get("usage") or {}, t.get("text", "")
+        if usage or text or t["error"] in _ANSWERED:
+            lost[0] += usage.get("prompt_tokens", estimate_tokens(prompt, image))
+            lost[1] += usage.get("completion_tokens", estimate_tokens(text))
+    return tuple(lost)
+
 # %% ../../nbs/api/32_client.ipynb #c0de0002
 class Failed(TitaError):
-    "A question without an answer: `kind` is its name in `KINDS`, `tries` its attempts, `everyone`: it concerns every request."
+    "A question without an answer: its `kind` in `KINDS`, its attempts (`tries`), and whether it concerns `everyone`."
     def __init__(self, message: str, kind: str, tries: list = ()):
         super().__init__(message)
         self.kind, self.tries, self.everyone = kind, list(tries), KINDS.get(kind, Kind()).everyone
@@ -610,8 +652,9 @@ class Failed(TitaError):
 def explain(self: Client, record: dict) -> str: # a sentence
     "What the record of a failed attempt means."
     e = self.endpoint
-    facts = dict(url=e.base_url, model=e.model, said=record["message"].strip(), seconds=self.settings.timeout, key=e.key_env or "a key")
-    return KINDS.get(record["error"], Kind()).words.format(**facts)
+    words = KINDS.get(record["error"], Kind()).words
+    facts = dict(url=e.base_url, model=e.model, key=e.key_env or "a key", seconds=self.settings.timeout)
+    return words.format(said=record["message"].strip(), **facts)
 
 @patch
 def failure(self: Client, tries: list) -> Failed:
@@ -634,7 +677,8 @@ async def _crew(work, items, endpoint: Endpoint, settings: Settings, results: qu
             try:
                 results.put((item, await work(client, item), None))
             except Exception as e:
-                results.put((item, None, e if isinstance(e, TitaError) else TitaError(f"{type(e).__name__}: {e}")))
+                known = isinstance(e, TitaError)
+                results.put((item, None, e if known else TitaError(f"{type(e).__name__}: {e}")))
             await asyncio.sleep(0)  # lets the others go on, and an end of it all come through
     try:
         async with Client(endpoint, settings) as client, asyncio.TaskGroup() as group:
@@ -643,6 +687,7 @@ async def _crew(work, items, endpoint: Endpoint, settings: Settings, results: qu
     except ExceptionGroup as e:  # the items themselves cannot be read
         raise e.exceptions[0] from None
 
+# %% ../../nbs/api/32_client.ipynb #c0de0010
 def concurrently(
     work, # async function of (client, item)
     items, # what to work on
@@ -683,8 +728,8 @@ def check_server(
     try:
         httpx.get(f"{endpoint.base_url}/models", timeout=10)
     except (httpx.TransportError, httpx.InvalidURL) as e:
-        why = f"no connection to {endpoint.base_url} ({type(e).__name__}); is the server running, and the address right?"
-        raise TitaError(why) from None
+        why = f"no connection to {endpoint.base_url} ({type(e).__name__})"
+        raise TitaError(f"{why}; is the server running, and the address right?") from None
 
 # %% ../../nbs/api/32_client.ipynb #c0de0008
 @dataclass
@@ -722,7 +767,7 @@ async def one(self: EndpointAnswerer, client: Client, row: dict) -> Reply:
 @patch
 def answers(self: EndpointAnswerer,
     questions, # rows with question_id, text, image
-): # `Reply`s as they are finished, each with its `question`; `error` and its `kind` where there is no answer
+): # a `Reply` for each, as they are finished, with its `question`; with `error` and `kind` if there is no answer
     "Answer questions. Raises what concerns all of them."
     check_server(self.endpoint)
     for row, reply, error in concurrently(self.one, questions, self.endpoint, self.settings):

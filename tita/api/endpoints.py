@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Secret', 'redact', 'Price', 'Endpoint', 'check_url', 'read_providers', 'default_providers', 'load_providers',
-           'given_key', 'find_endpoint', 'any_endpoint', 'provider_table']
+           'given_key', 'find_endpoint', 'any_endpoint']
 
 # %% ../../nbs/api/30_endpoints.ipynb #7204e20c
 import difflib, os, re, tomllib
@@ -165,8 +165,9 @@ def _find(name, known) -> dict:
         return dict(provider=provider, id=model)
     names = sorted([*known["models"], *known["aliases"]])
     meant = "".join(f" (did you mean {n!r}?)" for n in difflib.get_close_matches(name, names, 1))
-    others = f"PROVIDER:ID with {', '.join(known['providers']) or 'no provider'}, or any server with --base-url URL --model ID"
-    raise TitaError(f"no model {name!r}{meant}; known are {', '.join(names) or 'none'}, or {others}")
+    known_names, providers = ", ".join(names) or "none", ", ".join(known["providers"]) or "no provider"
+    others = f"PROVIDER:ID with {providers}, or any server with --base-url URL --model ID"
+    raise TitaError(f"no model {name!r}{meant}; known are {known_names}, or {others}")
 
 # %% ../../nbs/api/30_endpoints.ipynb #995e9bcb
 def given_key(
@@ -175,9 +176,9 @@ def given_key(
 ) -> Secret:
     "The key of the command line. Raises `TitaError` where a variable of the shell was not set."
     if not value.strip() or value.startswith("-"):
-        other = f"export {variable}=..., which is read by itself" if variable else "name the variable with --key-env"
-        raise TitaError("--api-key is followed by no key, so the variable that it comes from, such as $KEY, is not set; "
-            f"export KEY=... and run again, or leave --api-key out and {other}")
+        why = "--api-key has no key behind it: is the variable set that you wrote there, for instance $KEY?"
+        other = variable or "the provider's own variable"
+        raise TitaError(f"{why} Set it (export KEY=...), or leave --api-key out and set {other}")
     return Secret(value, "--api-key")
 
 def _key(name: str, api_key: str | None, variable: str | None, env) -> Secret | None:
@@ -187,8 +188,22 @@ def _key(name: str, api_key: str | None, variable: str | None, env) -> Secret | 
     if not variable:
         return None
     if not env.get(variable, "").strip():
-        raise TitaError(f"no key for {name}: the environment variable {variable} is not set; export {variable}=... and run again")
+        why = f"no key for {name}: the environment variable {variable} is not set"
+        raise TitaError(f"{why}; export {variable}=... and run again")
     return Secret(env[variable], f"${variable}")
+
+# %% ../../nbs/api/30_endpoints.ipynb #715c44db
+def _endpoint(name: str, model: dict, provider: dict, api_key, key_env, env) -> Endpoint:
+    "The endpoint that two entries describe."
+    if "base_url" not in provider:
+        raise TitaError(f"providers.{model['provider']}: base_url missing in the provider file; add it")
+    url = check_url(provider["base_url"], f"providers.{model['provider']}")
+    variable = key_env or provider.get("key_env")
+    told = "requests_per_minute", "concurrency", "max_side", "note"
+    more = {k: v for k, v in (provider | model).items() if k in told}
+    price = Price(**model["price"]) if "price" in model else None
+    key = _key(name, api_key, variable, env)
+    return Endpoint(name, model["id"], url, key, model["provider"], price, key_env=variable or "", **more)
 
 # %% ../../nbs/api/30_endpoints.ipynb #715c44da
 def find_endpoint(
@@ -208,17 +223,6 @@ def find_endpoint(
         raise TitaError(f"models.{name}: no provider {who!r}; known are {', '.join(known['providers'])}")
     return _endpoint(known["aliases"].get(name, name), model, known["providers"][who], api_key, key_env, env)
 
-def _endpoint(name: str, model: dict, provider: dict, api_key, key_env, env) -> Endpoint:
-    "The endpoint that two entries describe."
-    if "base_url" not in provider:
-        raise TitaError(f"providers.{model['provider']}: base_url missing in the provider file; add it")
-    url = check_url(provider["base_url"], f"providers.{model['provider']}")
-    variable = key_env or provider.get("key_env")
-    limits = {k: entry[k] for entry in (provider, model) for k in ("requests_per_minute", "concurrency", "max_side", "note") if k in entry}
-    price = Price(**model["price"]) if "price" in model else None
-    key = _key(name, api_key, variable, env)
-    return Endpoint(name, model["id"], url, key, model["provider"], price, key_env=variable or "", **limits)
-
 # %% ../../nbs/api/30_endpoints.ipynb #49c65a98
 def any_endpoint(
     base_url: str, # address of an OpenAI-compatible server
@@ -234,24 +238,3 @@ def any_endpoint(
     optional = not needs_key and not env.get(key_env or "", "").strip()
     key = _key(model, api_key, None if optional else key_env, env)
     return Endpoint(model, model, url, key, key_env=key_env or "", **limits)
-
-# %% ../../nbs/api/30_endpoints.ipynb #d582632a
-def _table_row(known: dict, name: str, model: dict, env) -> dict:
-    "What is known about one model."
-    provider = known["providers"].get(model.get("provider"), {})
-    variable, price = provider.get("key_env", ""), model.get("price", {})
-    names = [name, *(alias for alias, of in known["aliases"].items() if of == name)]
-    key = f"${variable} ({'set' if env.get(variable, '').strip() else 'not set'})" if variable else "none needed"
-    prices = {k: price.get(k) for k in ("input", "output", "currency", "date")}
-    return dict(model=", ".join(names), provider=model.get("provider", ""), id=model.get("id", "")) | prices | dict(
-        key=key, base_url=provider.get("base_url", ""), note=model.get("note", ""))
-
-def provider_table(
-    known: dict | None = None, # from `load_providers`; None: the default files
-    env=os.environ, # where keys are looked up
-) -> list[dict]: # model, provider, id, input, output, currency, date (of the price per million tokens), key, base_url, note
-    "Providers, models and prices, a row each."
-    known = load_providers() if known is None else known
-    bare = set(known["providers"]) - {m.get("provider") for m in known["models"].values()}
-    models = known["models"] | {f"{p}:ID": dict(provider=p, id="any that it serves") for p in known["providers"] if p in bare}
-    return [_table_row(known, name, model, env) for name, model in models.items()]

@@ -21,6 +21,7 @@ class Persona:
     delay: float = .05 # seconds until the first token
     itl: float = 0. # seconds between tokens
     prefix: str = "" # what it says before every answer
+    thought: str = "" # what it thinks aloud before that, in a field of its own
     faults: dict | None = None # fault -> probability; None: those of the server
 
 # %% ../../nbs/api/31_standin.ipynb #1b882a7f
@@ -48,7 +49,8 @@ def _usage(prompt, answer):
 def _chunk(model, delta=None, end=None, **more):
     "One server-sent event of a streamed answer."
     choices = [] if delta is None else [dict(index=0, delta=delta, finish_reason=end)]
-    return b"data: " + json.dumps(dict(id="s", object="chat.completion.chunk", created=0, model=model, choices=choices, **more)).encode() + b"\n\n"
+    event = dict(id="s", object="chat.completion.chunk", created=0, model=model, choices=choices, **more)
+    return b"data: " + json.dumps(event).encode() + b"\n\n"
 
 # %% ../../nbs/api/31_standin.ipynb #c7585d5f
 def read_prompt(
@@ -58,7 +60,8 @@ def read_prompt(
     content = body["messages"][-1]["content"]
     if isinstance(content, str):
         return content, []
-    return " ".join(p["text"] for p in content if p["type"] == "text"), [p["image_url"]["url"] for p in content if p["type"] == "image_url"]
+    text = " ".join(p["text"] for p in content if p["type"] == "text")
+    return text, [p["image_url"]["url"] for p in content if p["type"] == "image_url"]
 
 # %% ../../nbs/api/31_standin.ipynb #1aac66e1
 @dataclass
@@ -92,12 +95,15 @@ def known_answers(
 ) -> dict: # for `StandIn`
     "What a stand-in has to know to answer a question file."
     def about(r):
-        return "#" + hashlib.sha256((Path(images)/r["image"]).read_bytes()).hexdigest()[:16] if r.get("image") else ""
+        return _mark((Path(images)/r["image"]).read_bytes()) if r.get("image") else ""
     return {r["text"] + about(r): str(r["answer"]) for r in rows if r.get("answer") is not None}
+
+def _mark(image: bytes) -> str:
+    return "#" + hashlib.sha256(image).hexdigest()[:16]
 
 def _about(images: list) -> str:
     "Which image a request brings."
-    return "#" + hashlib.sha256(base64.b64decode(images[0].partition(",")[2])).hexdigest()[:16] if images else ""
+    return _mark(base64.b64decode(images[0].partition(",")[2])) if images else ""
 
 # %% ../../nbs/api/31_standin.ipynb #20bb2c60
 @patch
@@ -129,13 +135,14 @@ async def _read(reader):
 def _reply(status, data, **headers):
     "A whole HTTP response with a JSON body."
     body = data if isinstance(data, bytes) else json.dumps(data).encode()
-    lines = "".join(f"{k.replace('_', '-')}: {v}\r\n" for k, v in headers.items())
-    return f"HTTP/1.1 {status} -\r\ncontent-type: application/json\r\n{lines}content-length: {len(body)}\r\n\r\n".encode() + body
+    told = {"content-type": "application/json", **headers, "content-length": len(body)}
+    lines = "".join(f"{k.replace('_', '-')}: {v}\r\n" for k, v in told.items())
+    return f"HTTP/1.1 {status} -\r\n{lines}\r\n".encode() + body
 
 # %% ../../nbs/api/31_standin.ipynb #84094765
 @patch
 def check(self: StandIn, path, headers, body):
-    "The status and error of a request that is wrong in itself, or None. The error repeats the key, as some real ones do."
+    "The status and error of a request that is wrong in itself, or None. It repeats the key, as some real ones do."
     sent = headers.get("authorization", "").removeprefix("Bearer ")
     if self.key and sent != self.key:
         return 401, f"Incorrect API key provided: {sent}"
@@ -148,73 +155,111 @@ def check(self: StandIn, path, headers, body):
 
 # %% ../../nbs/api/31_standin.ipynb #eb6a379e
 @patch
+def refusal(self: StandIn, fault: str | None, headers: dict) -> bytes | None:
+    "The whole response for a fault that has a status; it repeats the key, as some real ones do."
+    if fault == "quota":
+        return _reply(429, {"error": dict(message="the account is empty", code="insufficient_quota")})
+    if fault and fault.isdigit():
+        more = dict(retry_after=self.retry_after) if fault == "429" else {}
+        why = f"made to fail with {fault} for {headers.get('authorization', 'nobody')}"
+        return _reply(int(fault), {"error": dict(message=why)}, **more)
+
+@patch
 async def respond(self: StandIn, body, fault, headers, write):
     "Answer one request, or disturb it; false closes the connection."
     if fault == "hang":
         await asyncio.sleep(3600)
     if fault == "drop":
         return False
-    if fault == "quota":
-        write(_reply(429, {"error": dict(message="the account is empty", code="insufficient_quota")}))
+    if refusal := self.refusal(fault, headers):
+        write(refusal)
         return True
-    if fault and fault.isdigit():
-        more = dict(retry_after=self.retry_after) if fault == "429" else {}
-        write(_reply(int(fault), {"error": dict(message=f"made to fail with {fault} for {headers.get('authorization', 'nobody')}")}, **more))
-        return True
-    model, who = body["model"], self.models[body["model"]]
     prompt, images = read_prompt(body)
-    text = self.answer(model, prompt, images)
-    await asyncio.sleep(who.delay)
-    if body.get("stream"):
-        return await self.stream(body, fault, text, _usage(prompt, text), write)
-    if fault == "truncate":
-        text, end = text[:1], None
-    else:
-        end = "stop"
+    text = self.answer(body["model"], prompt, images)
+    await asyncio.sleep(self.models[body["model"]].delay)
+    say = self.stream if body.get("stream") else self.whole
+    return await say(body, fault, text, _usage(prompt, text), write)
+
+# %% ../../nbs/api/31_standin.ipynb #eb6a37a0
+@patch
+async def whole(self: StandIn, body, fault, text, usage, write):
+    "Send an answer as one object; false closes the connection."
     if fault == "cut":
         write(b"HTTP/1.1 200 -\r\ncontent-length: 999\r\n\r\n{")
         return False
-    choice = dict(index=0, finish_reason=end, message=dict(role="assistant", content=text))
-    usage = _usage(prompt, text) if self.usage else None
-    write(_reply(200, b"{oops" if fault == "json" else dict(id="s", object="chat.completion", created=0, model=model, usage=usage, choices=[choice])))
+    said = dict(role="assistant", content=text[:1] if fault == "truncate" else text)
+    if thought := self.models[body["model"]].thought:
+        said["reasoning_content"] = thought
+    choice = dict(index=0, finish_reason=None if fault == "truncate" else "stop", message=said)
+    told = dict(id="s", object="chat.completion", created=0, model=body["model"], choices=[choice])
+    told["usage"] = usage if self.usage else None
+    write(_reply(200, b"{oops" if fault == "json" else told))
     return True
 
 # %% ../../nbs/api/31_standin.ipynb #20255803
+class _Stream:
+    "The chunks of one response that are due and not sent yet."
+    def __init__(self, write):
+        head = b"HTTP/1.1 200 -\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+        self.write, self.due = write, [head]
+    def say(self, data: bytes):
+        self.due.append(b"%x\r\n%s\r\n" % (len(data), data))
+    def end(self):
+        self.due.append(b"0\r\n\r\n")
+    def send(self):
+        self.write(b"".join(self.due))
+        self.due.clear()
+
+_MISHAPS = dict(json=b"data: {oops\n\n", error=b'data: {"error": {"message": "the engine stopped", "code": 500}}\n\n')
+
 @patch
 async def stream(self: StandIn, body, fault, text, usage, write):
-    "Send an answer word by word, what is due at one moment in one piece; false closes the connection."
-    model, who, words = body["model"], self.models[body["model"]], _words(text)
-    due = [b"HTTP/1.1 200 -\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"]
-    def say(data):
-        due.append(b"%x\r\n%s\r\n" % (len(data), data))
-    def send():
-        write(b"".join(due))
-        due.clear()
+    "Send an answer word by word; false closes the connection."
+    out = _Stream(write)
     try:
-        for i, word in enumerate(words):
-            if i and who.itl:
-                send()
-                await asyncio.sleep(who.itl)
-            say(_chunk(model, dict(content=word)))
-            if fault == "cut":
-                return False
-            if fault == "truncate":
-                due.append(b"0\r\n\r\n")
-                return True
-            if fault == "json":
-                say(b"data: {oops\n\n")
-            if fault == "error":
-                say(b'data: {"error": {"message": "the engine stopped", "code": 500}}\n\n')
-        say(_chunk(model, {}, "stop"))
-        if self.usage and body.get("stream_options", {}).get("include_usage"):
-            say(_chunk(model, usage=usage))
-        say(b"data: [DONE]\n\n")
-        due.append(b"0\r\n\r\n")
-        return True
+        return await self._say(body, fault, text, usage, out)
     finally:
-        send()
+        out.send()
+
+# %% ../../nbs/api/31_standin.ipynb #20255804
+@patch
+async def _say(self: StandIn, body, fault, text, usage, out: _Stream):
+    "The words, with what disturbs them."
+    model, who = body["model"], self.models[body["model"]]
+    pieces = [dict(reasoning_content=w) for w in _words(who.thought) if w] + [dict(content=w) for w in _words(text)]
+    for i, piece in enumerate(pieces):
+        if i and who.itl:
+            out.send()
+            await asyncio.sleep(who.itl)
+        out.say(_chunk(model, piece))
+        if fault == "cut":
+            return False
+        if fault == "truncate":
+            out.end()
+            return True
+        if fault in _MISHAPS:
+            out.say(_MISHAPS[fault])
+    out.say(_chunk(model, {}, "stop"))
+    if self.usage and body.get("stream_options", {}).get("include_usage"):
+        out.say(_chunk(model, usage=usage))
+    out.say(b"data: [DONE]\n\n")
+    out.end()
+    return True
 
 # %% ../../nbs/api/31_standin.ipynb #ae4b58ba
+@patch
+def note(self: StandIn, body: dict) -> str | None: # the fault that disturbs it
+    "Note a request, and draw what goes wrong with it."
+    (prompt, images), model = read_prompt(body), body["model"]
+    times = self.times[model, prompt]
+    self.times[model, prompt] += 1
+    own = self.models[model].faults
+    fault = draw_fault(self.faults if own is None else own, self.seed, model, prompt, times)
+    asked = {k: v for k, v in body.items() if k != "messages"}
+    self.log.append(dict(model=model, prompt=prompt, fault=fault, time=time.time(), images=images,
+        stream=bool(body.get("stream")), body=asked))
+    return fault
+
 @patch
 async def _one(self: StandIn, reader, write):
     "Read one request, note it, answer it; false closes the connection."
@@ -223,15 +268,9 @@ async def _one(self: StandIn, reader, write):
     if bad := self.check(path, headers, body):
         write(_reply(bad[0], {"error": dict(message=bad[1])}))
         return True
-    prompt, images = read_prompt(body)
-    asked = body["model"], prompt, self.times[body["model"], prompt]
-    self.times[asked[:2]] += 1
-    own = self.models[asked[0]].faults
-    fault = draw_fault(self.faults if own is None else own, self.seed, *asked)
-    more = {k: v for k, v in body.items() if k != "messages"}
-    self.log.append(dict(model=asked[0], prompt=prompt, fault=fault, time=time.time(), images=images, stream=bool(body.get("stream")), body=more))
-    return await self.respond(body, fault, headers, write)
+    return await self.respond(body, self.note(body), headers, write)
 
+# %% ../../nbs/api/31_standin.ipynb #ae4b58bc
 @patch
 async def _connection(self: StandIn, reader, writer):
     self._open.add(writer)

@@ -267,13 +267,14 @@ def _throughput(rows) -> dict:
     return dict(busy_seconds=busy or None, wall_seconds=wall or None, **rates(busy), **rates(wall, "_wall"))
 
 def _money(rows, right: float) -> dict | None:
-    "Costs, where a price was known."
+    "Costs, where a price was known; what failed has its share in the price of an answer."
     paid = [r for r in rows if r["cost"] is not None]
-    if not paid:
+    answers = sum(r["success"] for r in paid)
+    if not answers:
         return None
     spent = sum(r["cost"] for r in paid)
     per_right = spent / right if right else None
-    return dict(currency=paid[0]["currency"], total=spent, per_1000=1000 * spent / len(paid), per_right=per_right)
+    return dict(currency=paid[0]["currency"], total=spent, per_1000=1000 * spent / answers, per_right=per_right)
 
 # %% ../../nbs/bench/72_scores.ipynb #e97c0e7c
 def _tokens(ok) -> dict:
@@ -302,7 +303,7 @@ def summarise(
     right = accuracy["value"] / 100 * accuracy["n"] if accuracy else 0
     return dict(questions=len(rows), succeeded=len(ok), success=_share(len(ok), len(rows)), accuracy=accuracy,
         accuracy_by_kind={k: a for k, a in by_kind.items() if a}, **_times(ok), **_throughput(rows), **_tokens(ok),
-        cost=_money(ok, right), **_troubles(rows))
+        cost=_money(rows, right), **_troubles(rows))
 
 # %% ../../nbs/bench/72_scores.ipynb #0631d571
 def by_load(rows: list) -> dict:

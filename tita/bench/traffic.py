@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 from fastcore.basics import patch
-from ..api.client import Client, Settings, encode_image, estimate_tokens, make_body, run_async
+from ..api.client import Client, Settings, encode_image, estimate_tokens, make_body, run_async, tokens_lost
 from ..api.endpoints import Endpoint, Price, Secret, any_endpoint, redact
 from ..core import JsonlWriter, TitaError, image_path, iter_jsonl, progress, read_jsonl
 from ..core import run_info, seed_for, stable_hash, write_json
@@ -130,6 +130,13 @@ def _not_answered(last: dict) -> dict:
     return dict(response="", finish_reason=None, **tokens, ttft=None, ttfat=None, itl=[], success=False,
         error=last.get("message") or "not asked", error_kind=last.get("error", "unknown"))
 
+# %% ../../nbs/bench/70_traffic.ipynb #a7009c31
+def _cost(job: Job, got: dict, tries: list, size: tuple | None) -> float | None:
+    "What the answer and the attempts that failed on the way cost; None: nothing, or not known."
+    asked, said = tokens_lost(tries, job.question["text"], size)
+    spent = got["input_tokens"] + asked, got["output_tokens"] + said
+    return job.endpoint.price.cost(*spent) if job.endpoint.price and any(spent) else None
+
 # %% ../../nbs/bench/70_traffic.ipynb #a7009c04
 def make_row(
     job: Job, # what was asked
@@ -146,8 +153,7 @@ def make_row(
         got[said] = got[said] and redact(got[said], e.key)
     total = round(sum(t["seconds"] + t["wait"] for t in tries), 5)
     times = dict(response_time=last.get("seconds", 0.), total_time=total, queued=round(queued, 5), attempts=list(tries))
-    cost = e.price.cost(got["input_tokens"], got["output_tokens"]) if e.price and reply else None
-    paid = dict(cost=cost, currency=e.price and e.price.currency)
+    paid = dict(cost=_cost(job, got, tries, size), currency=e.price and e.price.currency)
     return {**_asked(job), **got, **times, **paid, **job.load, "started": round(started, 3)}
 
 # %% ../../nbs/bench/70_traffic.ipynb #394f7481

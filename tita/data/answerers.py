@@ -9,11 +9,12 @@ __all__ = ['server_endpoint', 'EndpointEngine', 'Answerer', 'task_chunks', 'star
 import json, logging, os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from fastcore.basics import patch
 from ..api.client import EndpointAnswerer, make_body
 from ..api.endpoints import Endpoint, any_endpoint
 from ..core import TitaError, seed_for
 from ..views import parse_view, view_seed
-from .batches import get_image
+from .sources import get_image
 from .answers import LocalEngine, answer_key, what_is_shown
 
 # %% ../../nbs/data/43_answerers.ipynb #42a650d4
@@ -26,7 +27,8 @@ def server_endpoint(
 ) -> Endpoint:
     "The server that a command line names. Raises `TitaError` for what is no address."
     per_minute = 60 * max_rps if max_rps else None
-    return any_endpoint(base_url, model, key_env=key_env, needs_key=False, concurrency=concurrency, requests_per_minute=per_minute)
+    limits = dict(concurrency=concurrency, requests_per_minute=per_minute)
+    return any_endpoint(base_url, model, key_env=key_env, needs_key=False, **limits)
 
 # %% ../../nbs/data/43_answerers.ipynb #ef997db6
 @dataclass
@@ -53,8 +55,8 @@ class EndpointEngine(EndpointAnswerer):
     def answers(self, tasks):
         tasks = list(tasks)
         if wrong := next((t["view"] for t in tasks if parse_view(t["view"]).on == "tensor"), None):
-            cure = f"use 'pixel-{wrong}' or engine transformers"
-            raise TitaError(f"view {wrong!r} is noise on the model's own tensors, and a server takes only images; {cure}")
+            why = f"view {wrong!r} is noise on the model's own tensors, and a server takes only images"
+            raise TitaError(f"{why}; use 'pixel-{wrong}' or engine transformers")
         yield from super().answers(tasks)
 
 # %% ../../nbs/data/43_answerers.ipynb #771ada25
@@ -98,7 +100,8 @@ def start_ray() -> bool: # was it started here?
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except Exception as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise TitaError(f"Ray does not start ({why}); is the machine overloaded, or a cluster meant (RAY_ADDRESS)?") from None
+        cure = "is the machine overloaded, or a cluster meant (RAY_ADDRESS)?"
+        raise TitaError(f"Ray does not start ({why}); {cure}") from None
     return True
 
 # %% ../../nbs/data/43_answerers.ipynb #fcaee3b8
@@ -123,12 +126,14 @@ class RayEngine:
             if started:
                 ray.shutdown()
 
-    def dataset(self, tasks: list):
-        "The tasks on their way through the actors."
-        import ray.data
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        chunks = [{"tasks": c} for c in task_chunks(tasks, self.settings.get("batch_size", 64), self.actors)]
-        made_of = str(self.model), str(Path(self.images).resolve()), self.settings | {"names": self.names}
-        pool = dict(num_gpus=self.gpus, compute=ray.data.ActorPoolStrategy(size=self.actors))
-        rows = ray.data.from_items(chunks, override_num_blocks=len(chunks))
-        return rows.map_batches(Answerer, batch_size=1, fn_constructor_args=made_of, **pool)
+# %% ../../nbs/data/43_answerers.ipynb #fcaee3b9
+@patch
+def dataset(self: RayEngine, tasks: list):
+    "The tasks on their way through the actors."
+    import ray.data
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    chunks = [{"tasks": c} for c in task_chunks(tasks, self.settings.get("batch_size", 64), self.actors)]
+    made_of = str(self.model), str(Path(self.images).resolve()), self.settings | {"names": self.names}
+    pool = dict(num_gpus=self.gpus, compute=ray.data.ActorPoolStrategy(size=self.actors))
+    rows = ray.data.from_items(chunks, override_num_blocks=len(chunks))
+    return rows.map_batches(Answerer, batch_size=1, fn_constructor_args=made_of, **pool)

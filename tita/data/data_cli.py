@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'Images', 'Out', 'Seed', 'ENGINES', 'Engine', 'Model', 'Views', 'Samples', 'Temperature', 'TopP', 'Longest',
-           'Batch', 'BaseUrl', 'KeyEnv', 'Concurrency', 'Actors', 'Gpus', 'Shard', 'Device', 'Dtype', 'SkipBad',
-           'METHODS', 'TARGETS', 'about', 'parse_sources', 'questions_command', 'check_command', 'model_folder',
-           'short_name', 'build_engine', 'parse_shard', 'finish', 'generate_command', 'load_answers',
-           'annotate_command', 'fuse_with_server', 'pairs_command', 'read_scored', 'read_any', 'convert',
+           'Batch', 'BaseUrl', 'KeyEnv', 'Concurrency', 'Timeout', 'Retries', 'MaxRps', 'Actors', 'Gpus', 'Shard',
+           'Device', 'Dtype', 'SkipBad', 'METHODS', 'FORMS', 'Answers', 'Method', 'Chosen', 'Rejected', 'Fuse',
+           'Balance', 'Limit', 'Like', 'Gap', 'Pick', 'Form', 'TARGETS', 'about', 'parse_sources', 'questions_command',
+           'check_command', 'model_folder', 'short_name', 'check_engine', 'local_engine', 'build_engine', 'parse_shard',
+           'finish', 'Asked', 'generate_command', 'check_options', 'load_answers', 'annotate_command',
+           'fuse_with_server', 'read_scored', 'winners', 'pairs_command', 'read_any', 'rows_for', 'convert',
            'convert_command', 'main']
 
 # %% ../../nbs/data/46_data_cli.ipynb #0f7feba5
@@ -34,7 +36,9 @@ def _arg(kind, help: str, **kwargs):
     "A file of a command."
     return Annotated[kind, typer.Argument(help=help, **kwargs)]
 
-Images, Out, Seed = _opt(Path, "image folder; nothing outside is read"), _opt(Path, "file to write"), _opt(int, "of everything that is drawn")
+Images = _opt(Path, "image folder; nothing outside is read")
+Out = _opt(Path, "file to write")
+Seed = _opt(int, "of everything that is drawn")
 
 # %% ../../nbs/data/46_data_cli.ipynb #4943faff
 def parse_sources(
@@ -68,7 +72,8 @@ def questions_command(
             missing += 1
     write_jsonl(out, rows)
     for s in parse_sources(source):
-        print(f"{s}: {sum(r['source'] == s for r in rows)} questions about {len({r['image'] for r in rows if r['source'] == s})} images")
+        of = [r["image"] for r in rows if r["source"] == s]
+        print(f"{s}: {len(of)} questions about {len(set(of))} images")
     if missing:
         print(f"{missing} questions have no image in {images}; tita-data check {out} {images} lists them")
     print(f"next: tita-data check {out} IMAGES")
@@ -104,33 +109,47 @@ def short_name(model: str) -> str:
     return "/".join(Path(model).resolve().parts[-2:]) if Path(model).is_dir() else model
 
 # %% ../../nbs/data/46_data_cli.ipynb #8db53ee9
-def build_engine(
-    engine: str, # one of ENGINES
-    model: str, # folder, hub name, `world`, or the server's name for it
-    images: Path, # image folder
-    names: list, # all image names, sorted
-    settings: dict, # max_new_tokens, temperature, top_p, seed
-    batch_size: int = 64, # rows in one call of the model
-    base_url: str | None = None, key_env: str = "OPENAI_API_KEY", concurrency: int = 8, # of a server
-    actors: int = 1, gpus: float = 0., # of a cluster
-    device: str | None = None, dtype: str = "auto", # of a model in this process
-): # an engine of `tita.data.answers` or `tita.data.answerers`
-    "Whoever answers. Raises `TitaError` for options that do not fit."
-    from tita.data.answerers import EndpointEngine, RayEngine, server_endpoint
-    from tita.data.answers import LocalEngine
+def check_engine(engine: str, base_url: str | None):
+    "Raise `TitaError` for options that do not fit."
     if engine not in ENGINES:
         raise TitaError(f"engine {engine!r} is none of {', '.join(ENGINES)}")
     if engine == "openai" and not base_url:
         raise TitaError("engine openai needs --base-url http://HOST:PORT/v1")
     if engine != "openai" and base_url:
         raise TitaError(f"--base-url is for engine openai, not {engine}; give --engine openai or leave it out")
-    if engine == "openai":
-        return EndpointEngine(server_endpoint(base_url, model, key_env, concurrency), images, names, **settings)
-    if engine == "ray":
-        return RayEngine(model_folder(model), str(images), names, settings | {"batch_size": batch_size, "model_name": short_name(model)}, actors, gpus)
+
+def local_engine(model: str, images, names: list, device: str | None, dtype: str, settings: dict):
+    "A model that is loaded into this process."
+    from tita.data.answers import LocalEngine
     from tita.models import load_processor, load_vlm
     folder = model_folder(model)
-    return LocalEngine(load_vlm(folder, dtype=dtype, device=device), load_processor(folder), images, names, batch_size=batch_size, model_name=short_name(model), **settings)
+    loaded = load_vlm(folder, dtype=dtype, device=device), load_processor(folder)
+    return LocalEngine(*loaded, images, names, **settings)
+
+# %% ../../nbs/data/46_data_cli.ipynb #2c6e0a01
+def build_engine(
+    engine: str, # one of ENGINES
+    model: str, # folder, hub name, `world`, or the server's name for it
+    images: Path, # image folder
+    names: list, # all image names, sorted
+    settings: dict, # max_new_tokens, temperature, top_p, seed
+    batch_size: int = 64, # rows that run at once
+    base_url: str | None = None, key_env: str = "OPENAI_API_KEY", concurrency: int = 8, # of a server
+    actors: int = 1, gpus: float = 0., # of a cluster
+    device: str | None = None, dtype: str = "auto", # of a model in this process
+    timeout: float = 120., retries: int = 5, max_rps: float | None = None, # how patiently a server is asked
+): # an engine of `tita.data.answers` or `tita.data.answerers`
+    "Whoever answers. Raises `TitaError` for options that do not fit."
+    check_engine(engine, base_url)
+    from tita.data.answerers import EndpointEngine, RayEngine, server_endpoint
+    if engine == "openai":
+        from tita.api.client import Settings
+        endpoint = server_endpoint(base_url, model, key_env, concurrency, max_rps)
+        return EndpointEngine(endpoint, images, names, settings=Settings(timeout=timeout, retries=retries), **settings)
+    settings = settings | {"batch_size": batch_size, "model_name": short_name(model)}
+    if engine == "ray":
+        return RayEngine(model_folder(model), str(images), names, settings, actors, gpus)
+    return local_engine(model, images, names, device, dtype, settings)
 
 # %% ../../nbs/data/46_data_cli.ipynb #5e68456d
 def parse_shard(
@@ -144,6 +163,7 @@ def parse_shard(
         raise TitaError(f"--shard {shard!r} is not I/N with I from 0 to N-1; write for instance 0/4")
     return int(i), int(n)
 
+# %% ../../nbs/data/46_data_cli.ipynb #2c6e0a02
 def finish(
     count: dict, # of `tita.data.answers.run_engine`
     out: Path, # what was written
@@ -166,51 +186,87 @@ def finish(
     raise typer.Exit(1)
 
 # %% ../../nbs/data/46_data_cli.ipynb #19f24e10
-Engine, Model = _opt(str, "transformers, openai (a server) or ray (a cluster)"), _opt(str, "model folder, hub name, world, or the server's name for it")
-Views = _opt(list[str], "clean, diffusion-N, pixel-diffusion-N, moco, crop, flip, rotate-N, none, swap; several times", "--view")
-Samples, Temperature, TopP = _opt(int, "answers to each question on each view", min=1), _opt(float, "0: greedy", min=0.), _opt(float, "smallest set of tokens with this probability")
-Longest, Batch = _opt(int, "greatest length of an answer, tokens", "--max-new-tokens", min=1), _opt(int, "rows in one call of the model", min=1)
-BaseUrl, KeyEnv = _opt(str, "of an OpenAI-compatible server, http://HOST:PORT/v1"), _opt(str, "environment variable that holds the key")
+Engine = _opt(str, "transformers, openai (a server) or ray (a cluster)")
+Model = _opt(str, "model folder, hub name, world, or the server's name for it")
+Views = _opt(list[str], "clean, diffusion-N, pixel-diffusion-N, moco, crop, flip, rotate-N, none, swap; several times",
+             "--view")
+Samples = _opt(int, "answers to each question on each view", min=1)
+Temperature = _opt(float, "0: greedy", min=0.)
+TopP = _opt(float, "smallest set of tokens with this probability")
+Longest = _opt(int, "greatest length of an answer, tokens", "--max-new-tokens", min=1)
+Batch = _opt(int, "rows that run at once", min=1)
+BaseUrl = _opt(str, "of an OpenAI-compatible server, http://HOST:PORT/v1")
+KeyEnv = _opt(str, "environment variable that holds the key")
 Concurrency = _opt(int, "requests under way at a time", min=1)
-Actors, Gpus = _opt(int, "with ray: copies of the model", min=1), _opt(float, "with ray: GPUs of each copy")
-Shard, Device, Dtype = _opt(str, "I/N: answer only this part of the images"), _opt(str, "cpu, cuda, or auto to spread the model"), _opt(str, "auto, float32, bfloat16")
+Timeout = _opt(float, "seconds for one attempt at a server", min=.001)
+Retries = _opt(int, "attempts at a server after the first", min=0)
+MaxRps = _opt(float, "never more requests a second at a server, retries included", min=.001)
+Actors = _opt(int, "with ray: copies of the model", min=1)
+Gpus = _opt(float, "with ray: GPUs of each copy")
+Shard = _opt(str, "I/N: answer only this part of the images")
+Device = _opt(str, "cpu, cuda, or auto to spread the model")
+Dtype = _opt(str, "auto, float32, bfloat16")
 SkipBad = _opt(bool, "leave out lines that are no questions, and say which", "--skip-bad")
 
-# %% ../../nbs/data/46_data_cli.ipynb #4ec7d407
-def _skipper(path, skip):
-    "What to do with bad lines: collect them, or None to stop at the first."
-    lines = []
-    def bad(line, text, why):
-        lines.append(line)
-        print(f"{path}:{line}: left out: {why}", file=sys.stderr)
-    return (bad if skip else None), lines
+# %% ../../nbs/data/46_data_cli.ipynb #2c6e0a03
+class Asked:
+    "The questions of a file, those that a run takes, and where each stands."
+    def __init__(self, path: Path, skip_bad: bool):
+        self.path, self.left_out = path, 0
+        self.placed = list(read_rows(path, question_rows, bad=self._leave_out if skip_bad else None))
+        self.rows = [row for _, row in self.placed]
 
+    def _leave_out(self, line, text, why):
+        self.left_out += 1
+        print(f"{self.path}:{line}: left out: {why}", file=sys.stderr)
+
+    @property
+    def places(self) -> dict: # question_id -> file and line
+        return {row["question_id"]: f"{self.path}:{line}" for line, row in self.placed}
+
+    @property
+    def names(self) -> list[str]:
+        "All images, whatever part of them this run takes."
+        return sorted({row["image"] for row in self.rows if row["image"]})
+
+    def tasks(self, views, samples: int, shard: str | None) -> list[dict]:
+        from tita.data.answers import plan_answers
+        part, of = parse_shard(shard)
+        return [t for t in plan_answers(self.rows, views, samples) if seed_for("shard", t["image"]) % of == part]
+
+# %% ../../nbs/data/46_data_cli.ipynb #4ec7d407
 @app.command("generate")
 @cli
 def generate_command(
-    questions: _arg(Path, "question file"), images: Images, out: Out, model: Model, view: Views = ["clean", "diffusion-800"], engine: Engine = "transformers",
-    samples: Samples = 1, temperature: Temperature = 0., top_p: TopP = 1., max_new_tokens: Longest = 512, batch_size: Batch = 64, seed: Seed = 0,
-    shard: Shard = None, skip_bad: SkipBad = False, base_url: BaseUrl = None, key_env: KeyEnv = "OPENAI_API_KEY", concurrency: Concurrency = 8,
+    questions: _arg(Path, "question file"), images: Images, out: Out, model: Model,
+    view: Views = ["clean", "diffusion-800"], engine: Engine = "transformers",
+    samples: Samples = 1, temperature: Temperature = 0., top_p: TopP = 1., max_new_tokens: Longest = 512,
+    batch_size: Batch = 64, seed: Seed = 0, shard: Shard = None, skip_bad: SkipBad = False,
+    base_url: BaseUrl = None, key_env: KeyEnv = "OPENAI_API_KEY", concurrency: Concurrency = 8,
     actors: Actors = 1, gpus: Gpus = 0., device: Device = None, dtype: Dtype = "auto",
+    timeout: Timeout = 120., retries: Retries = 5, max_rps: MaxRps = None,
 ):
     "Answer every question on every view. The same command again continues where it was stopped."
-    bad, left_out = _skipper(questions, skip_bad)
-    placed = list(read_rows(questions, question_rows, bad=bad))
-    rows = [r for _, r in placed]
-    part, of = parse_shard(shard)
+    from tita.data.answers import run_engine
+    asked = Asked(questions, skip_bad)
+    check_options(images, samples, temperature, shard)
+    tasks = asked.tasks(view, samples, shard)
+    settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    who = build_engine(engine, model, images, asked.names, settings, batch_size, base_url, key_env, concurrency, actors,
+                       gpus, device, dtype, timeout, retries, max_rps)
+    keep = {"engine": engine, "model": short_name(model), "questions": questions.name}
+    finish(run_engine(who, tasks, out, keep | settings), out, asked.places)
+    if asked.left_out:
+        raise typer.Exit(1)
+
+# %% ../../nbs/data/46_data_cli.ipynb #2c6e0a05
+def check_options(images: Path, samples: int, temperature: float, shard: str | None):
+    "Raise `TitaError` for what no run can do."
+    parse_shard(shard)
     if samples > 1 and not temperature:
         raise TitaError(f"{samples} greedy samples would be equal; give --temperature, for instance 1.2")
     if not images.is_dir():
         raise TitaError(f"{images}: no such image folder; check the path")
-    from tita.data.answers import plan_answers, run_engine
-    tasks = [t for t in plan_answers(rows, view, samples) if seed_for("shard", t["image"]) % of == part]
-    settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    names = sorted({r["image"] for r in rows if r["image"]})
-    who = build_engine(engine, model, images, names, settings, batch_size, base_url, key_env, concurrency, actors, gpus, device, dtype)
-    count = run_engine(who, tasks, out, {"engine": engine, "model": short_name(model), "questions": questions.name} | settings)
-    finish(count, out, {r["question_id"]: f"{questions}:{line}" for line, r in placed})
-    if left_out:
-        raise typer.Exit(1)
 
 # %% ../../nbs/data/46_data_cli.ipynb #de3ffd98
 def load_answers(
@@ -227,9 +283,11 @@ def load_answers(
 @app.command("annotate")
 @cli
 def annotate_command(
-    answers: _arg(list[str], "answer files with several answers to each question"), images: Images, out: Out, model: _opt(str, "the judge, as the server calls it"),
-    base_url: BaseUrl, key_env: KeyEnv = "OPENAI_API_KEY", concurrency: Concurrency = 8, retries: _opt(int, "tries after the first", min=0) = 5, pause: _opt(float, "seconds before the second try, doubled before each further one", min=0.) = 1.,
-    seed: Seed = 0,
+    answers: _arg(list[str], "answer files with several answers to each question"), images: Images, out: Out,
+    model: _opt(str, "the judge, as the server calls it"),
+    base_url: BaseUrl, key_env: KeyEnv = "OPENAI_API_KEY", concurrency: Concurrency = 8,
+    retries: _opt(int, "tries after the first", min=0) = 5,
+    pause: _opt(float, "seconds before the second try, doubled before each further one", min=0.) = 1., seed: Seed = 0,
 ):
     "Have a judge score answers from 0 to 4 on helpfulness, correctness, coherence, complexity, verbosity."
     from tita.data.judged import JUDGE, JudgeEngine, annotation_tasks
@@ -237,7 +295,8 @@ def annotate_command(
     from tita.data.answers import run_engine
     from tita.data.answerers import server_endpoint
     tasks = annotation_tasks(load_answers(answers))
-    judge = JudgeEngine(server_endpoint(base_url, model, key_env, concurrency), images, seed=seed, retries=retries, pause=pause)
+    endpoint = server_endpoint(base_url, model, key_env, concurrency)
+    judge = JudgeEngine(endpoint, images, seed=seed, retries=retries, pause=pause)
     finish(run_engine(judge, tasks, out, {"judge": model, "seed": seed, "prompt": stable_hash(JUDGE)}), out)
 
 # %% ../../nbs/data/46_data_cli.ipynb #554832fb
@@ -248,70 +307,108 @@ def fuse_with_server(
     views: tuple, # whose answers are fused
     out: Path, # fused answers, resumed
     images: Path, # image folder
-    base_url: str, model: str, key_env: str, concurrency: int, # of the server
+    server: tuple, # base_url, model, key_env, concurrency
 ) -> tuple: # answer rows of the view `fused`, and how many questions failed
     "Fuse answers through an API; what failed is missing and stands in the errors file."
     from tita.core import stable_hash
     from tita.data.answers import run_engine
     from tita.data.answerers import server_endpoint
     from tita.data.pairs import FUSE, FusionEngine, fusion_tasks
+    base_url, model, *_ = server
     if not (base_url and model):
         raise TitaError("method fused needs --base-url and --model")
-    count = run_engine(FusionEngine(server_endpoint(base_url, model, key_env, concurrency), images), fusion_tasks(answers, views), out, {"model": model, "views": list(views), "prompt": stable_hash(FUSE)})
+    keep = {"model": model, "views": list(views), "prompt": stable_hash(FUSE)}
+    count = run_engine(FusionEngine(server_endpoint(*server), images), fusion_tasks(answers, views), out, keep)
     if count["failed"]:
-        print(f"{count['failed']} questions could not be fused: {out.with_suffix('')}.errors.jsonl; the same command again tries them again", file=sys.stderr)
+        told = f"{count['failed']} questions could not be fused: {out.with_suffix('')}.errors.jsonl"
+        print(f"{told}; the same command again tries them again", file=sys.stderr)
     return read_jsonl(out), count["failed"]
 
-# %% ../../nbs/data/46_data_cli.ipynb #cb40e2f6
-@app.command("pairs")
-@cli
-def pairs_command(
-    answers: _arg(list[str], "answer files, or VIEW=PATH for files that do not say the view; for method scored, of annotate"), images: Images, out: _opt(Path, "folder to write"),
-    method: _opt(str, f"{', '.join(METHODS)}: where the winner comes from") = "seva", chosen: _opt(str, "view of the winners, for method seva") = "clean",
-    rejected: _opt(list[str], "view of the losers; several give several pairs of a question") = ["diffusion-800"],
-    fuse: _opt(list[str], "views that are fused, the most trusted first; several times") = ["clean", "moco", "flip", "crop"],
-    balance: _opt(str, "answer: equally many winners yes and no") = None, limit: _opt(int, "sample down to so many pairs [SeVa: 4300 OCR-VQA, 6500 TextVQA]") = None,
-    like: _opt(str, "seva: clean and compare texts exactly as SeVa does") = None, gap: _opt(float, "for method scored: least difference of quality, of 12") = 2,
-    pick: _opt(str, "for method scored: worst, or random among the worse") = "worst", seed: Seed = 0, form: _opt(list[str], "jsonl, seva, mllm, trl; several times [default: all]", "--format") = ["jsonl", "seva", "mllm", "trl"],
-    base_url: BaseUrl = None, model: _opt(str, "for method fused: who fuses") = None, key_env: KeyEnv = "OPENAI_API_KEY", concurrency: Concurrency = 8,
-):
-    "Make a preference data set, with a report of what was dropped, a data card and pictures."
-    import matplotlib
-    matplotlib.use("agg")
-    from tita.data import pairs as p
-    failed = 0
-    if method not in METHODS:
-        raise TitaError(f"method {method!r} is none of {', '.join(METHODS)}")
-    if method == "scored":
-        rows = [r for f in answers for r in read_scored(f)]
-        made, report = p.make_scored_pairs(rows, gap, pick, seed)
-    else:
-        rows = load_answers(answers)
-        out.mkdir(parents=True, exist_ok=True)
-        if method == "consensus":
-            rows += p.fuse_consensus(rows, tuple(fuse))
-            chosen = "consensus"
-        if method == "fused":
-            fused, failed = fuse_with_server(rows, tuple(fuse), out/"fused.jsonl", images, base_url, model, key_env, concurrency)
-            rows += fused
-            chosen = "fused"
-        made, report = p.make_pairs(rows, chosen, tuple(rejected), balance, limit, seed, like)
-    p.save_pairs(made, out, images, report, tuple(form), ", ".join(sorted({r["model"] for r in rows if r.get("model")})) or "unknown", seed)
-    write_json(out/"report.json", report)
-    print("  ".join(f"{k.replace('_', ' ')} {v}" for k, v in report.items()))
-    print(f"data set: {out}, described in {out/'README.md'}")
-    if failed:
-        raise typer.Exit(1)
-
+# %% ../../nbs/data/46_data_cli.ipynb #2c6e0a06
 def read_scored(path: str | Path) -> list[dict]:
     "Scored answer rows of an annotation file. Raises `TitaError` if it is none."
     from tita.data.judged import scored_rows
     rows = read_jsonl(path, keys=("question_id", "image", "text", "answers"))
     return scored_rows(rows)
 
+def winners(
+    method: str, # one of METHODS but scored
+    rows: list[dict], # answer rows; the fused ones are added
+    chosen: str, # view of the winners, for method seva
+    fuse: tuple, # views that are fused
+    fused_by, # function of rows and views: answer rows of the view `fused`, and how many questions failed
+) -> tuple: # view of the winners, and how many questions failed
+    "Where the better answers come from."
+    from tita.data.pairs import fuse_consensus
+    if method == "consensus":
+        rows += fuse_consensus(rows, fuse)
+        return "consensus", 0
+    if method == "fused":
+        fused, failed = fused_by(rows, fuse)
+        rows += fused
+        return "fused", failed
+    return chosen, 0
+
+# %% ../../nbs/data/46_data_cli.ipynb #2c6e0a07
+FORMS = ["jsonl", "seva", "mllm", "trl"]
+Answers = _arg(list[str], "answer files, or VIEW=PATH where they do not say the view; for method scored, of annotate")
+Method = _opt(str, f"{', '.join(METHODS)}: where the winner comes from")
+Chosen = _opt(str, "view of the winners, for method seva")
+Rejected = _opt(list[str], "view of the losers; several give several pairs of a question")
+Fuse = _opt(list[str], "views that are fused, the most trusted first; several times")
+Balance = _opt(str, "answer: equally many winners yes and no")
+Limit = _opt(int, "sample down to so many pairs [SeVa: 4300 OCR-VQA, 6500 TextVQA]")
+Like = _opt(str, "seva: clean and compare texts exactly as SeVa does")
+Gap = _opt(float, "for method scored: least difference of quality, of 12")
+Pick = _opt(str, "for method scored: worst, or random among the worse")
+Form = _opt(list[str], "jsonl, seva, mllm, trl; several times [default: all]", "--format")
+
+# %% ../../nbs/data/46_data_cli.ipynb #cb40e2f6
+@app.command("pairs")
+@cli
+def pairs_command(
+    answers: Answers, images: Images, out: _opt(Path, "folder to write"),
+    method: Method = "seva", chosen: Chosen = "clean",
+    rejected: Rejected = ["diffusion-800"], fuse: Fuse = ["clean", "moco", "flip", "crop"], balance: Balance = None,
+    limit: Limit = None, like: Like = None, gap: Gap = 2, pick: Pick = "worst", seed: Seed = 0, form: Form = FORMS,
+    base_url: BaseUrl = None, model: _opt(str, "for method fused: who fuses") = None,
+    key_env: KeyEnv = "OPENAI_API_KEY", concurrency: Concurrency = 8,
+):
+    "Make a preference data set, with a report of what was dropped, a data card and pictures."
+    from tita.data.pairs import make_pairs, make_scored_pairs
+    if method not in METHODS:
+        raise TitaError(f"method {method!r} is none of {', '.join(METHODS)}")
+    if method == "scored":
+        rows = [r for f in answers for r in read_scored(f)]
+        return _write_set(make_scored_pairs(rows, gap, pick, seed), rows, out, images, form, seed)
+    rows = load_answers(answers)
+    out.mkdir(parents=True, exist_ok=True)
+    server = base_url, model, key_env, concurrency
+    by_server = lambda rows, views: fuse_with_server(rows, views, out/"fused.jsonl", images, server)
+    chosen, failed = winners(method, rows, chosen, tuple(fuse), by_server)
+    _write_set(make_pairs(rows, chosen, tuple(rejected), balance, limit, seed, like), rows, out, images, form, seed)
+    if failed:
+        raise typer.Exit(1)
+
+# %% ../../nbs/data/46_data_cli.ipynb #2c6e0a09
+def _write_set(made: tuple, rows: list[dict], out: Path, images: Path, form: list[str], seed: int):
+    "Write pairs and their report, and say where."
+    import matplotlib
+    matplotlib.use("agg")
+    from tita.data.pairs import save_pairs
+    pairs, report = made
+    models = sorted({r["model"] for r in rows if r.get("model")})
+    save_pairs(pairs, out, images, report, tuple(form), ", ".join(models) or "unknown", seed)
+    write_json(out/"report.json", report)
+    print("  ".join(f"{k.replace('_', ' ')} {v}" for k, v in report.items()))
+    print(f"data set: {out}, described in {out/'README.md'}")
+
 # %% ../../nbs/data/46_data_cli.ipynb #eba306be
-TARGETS = {"jsonl": "rows of this package", "parquet": "datasets, with --images also the pictures", "seva": "SeVa's pairs", "mllm": "mllm-dpo's pairs", "trl": "a folder for TRL's DPOTrainer",
-    "llava": "LLaVA conversations", "sft": "the best scored answers, as conversations", "rejection": "the best if at least --least", "steerlm": "all scored answers, attributes in the question"}
+TARGETS = {
+    "jsonl": "rows of this package", "parquet": "datasets, with --images also the pictures", "seva": "SeVa's pairs",
+    "mllm": "mllm-dpo's pairs", "trl": "a folder for TRL's DPOTrainer", "llava": "LLaVA conversations",
+    "sft": "the best scored answers, as conversations", "rejection": "the best if at least --least",
+    "steerlm": "all scored answers, attributes in the question"}
 
 def read_any(
     path: str | Path, # file of any format
@@ -324,6 +421,31 @@ def read_any(
         return "answers", read_answers(path)
     return "questions", read_questions(path)
 
+def _found(source: Path, rows: list[dict], images: Path) -> list[dict]:
+    from tita.data.pairs import found_names
+    try:
+        return found_names(rows, images)
+    except TitaError as e:
+        raise TitaError(f"{source}: {e}; tita-data check {source} {images} says in which lines") from None
+
+# %% ../../nbs/data/46_data_cli.ipynb #2c6e0a0a
+def rows_for(source: Path, to: str, images: Path | None, least: float) -> list[dict]:
+    "The rows of a file that a format takes. Raises `TitaError` where they do not fit."
+    from tita.data import pairs as p
+    if to == "trl" and not images:
+        raise TitaError("format trl holds the pictures; give --images")
+    if to == "steerlm":
+        return p.make_steerlm(read_scored(source))
+    if to in ("sft", "rejection"):
+        return p.make_sft(read_scored(source), least if to == "rejection" else None)
+    kind, rows = read_any(source)
+    if to in ("seva", "mllm", "trl") and kind != "pairs":
+        cure = "make pairs first (tita-data pairs)"
+        raise TitaError(f"{source}: holds {kind}, and {to} is a format of pairs; {cure}")
+    if to == "llava" and any("answer" not in r for r in rows):
+        raise TitaError(f"{source}: not every row has an answer, which a conversation needs; generate answers first")
+    return rows
+
 # %% ../../nbs/data/46_data_cli.ipynb #2f2b77cf
 def convert(
     source: Path, # file of any format
@@ -335,24 +457,8 @@ def convert(
 ) -> int: # how many rows were written
     "One format into another. Raises `TitaError` where they do not fit."
     from tita.data import pairs as p
-    if to in ("sft", "rejection", "steerlm"):
-        scored = read_scored(source)
-        rows = p.make_steerlm(scored) if to == "steerlm" else p.make_sft(scored, least if to == "rejection" else None)
-    else:
-        kind, rows = read_any(source)
-    if to in ("seva", "mllm", "trl") and kind != "pairs":
-        raise TitaError(f"{source}: holds {kind}, and {to} is a format of pairs; make pairs first (tita-data pairs)")
-    if to == "llava" and any("answer" not in r for r in rows):
-        raise TitaError(f"{source}: not every row has an answer, which a conversation needs; generate answers first")
-    if to == "trl" and not images:
-        raise TitaError("format trl holds the pictures; give --images")
-    if images:
-        try:
-            found = p.found_names(rows, images)
-        except TitaError as e:
-            raise TitaError(f"{source}: {e}; tita-data check {source} {images} says in which lines") from None
-        if to not in ("jsonl", "parquet", "trl"):
-            rows = found
+    rows = rows_for(source, to, images, least)
+    found = _found(source, rows, images) if images else rows
     if to == "parquet":
         write_parquet(rows, out, images, embed)
     elif to == "jsonl":
@@ -360,16 +466,18 @@ def convert(
     elif to == "trl":
         p.save_trl(rows, out, images)
     else:
-        write_json(out, [{"seva": p.to_seva, "mllm": p.to_mllm}.get(to, p.to_llava)(r) for r in rows])
+        write_json(out, [{"seva": p.to_seva, "mllm": p.to_mllm}.get(to, p.to_llava)(r) for r in found])
     return len(rows)
 
 # %% ../../nbs/data/46_data_cli.ipynb #144f40bb
 @app.command("convert")
 @cli
 def convert_command(
-    source: _arg(Path, "file of questions, answers, pairs or scores, in any format"), out: _arg(Path, "file or folder to write"),
+    source: _arg(Path, "file of questions, answers, pairs or scores, in any format"),
+    out: _arg(Path, "file or folder to write"),
     to: _opt(str, "; ".join(f"{k}: {v}" for k, v in TARGETS.items())), images: _opt(Path, "image folder") = None,
-    embed: _opt(bool, "put the pictures into the Parquet file", "--embed") = False, least: _opt(float, "for rejection: least quality, of 12") = 9,
+    embed: _opt(bool, "put the pictures into the Parquet file", "--embed") = False,
+    least: _opt(float, "for rejection: least quality, of 12") = 9,
 ):
     "Turn one format into another."
     if to not in TARGETS:

@@ -11,9 +11,9 @@ import asyncio, random, re
 from dataclasses import dataclass, replace
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ..api.client import Client, EndpointAnswerer, Reply, make_body
+from ..api.client import Client, EndpointAnswerer, Failed, Reply, make_body
 from ..core import TitaError, seed_for
-from .batches import get_image
+from .sources import get_image
 from .pairs import normalize, strip_special
 from .sources import ATTRIBUTES
 
@@ -29,7 +29,8 @@ complexity: how much expertise does it show? (0: anybody would write it, 4: take
 verbosity: how long is it for what it says? (0: as short as can be, 4: very long; not a merit in itself)
 
 Look at the image first. Do not favour longer answers, nor those that stand first. Reply with JSON alone:
-{{"scores": [{{"answer": 1, "helpfulness": 0, "correctness": 0, "coherence": 0, "complexity": 0, "verbosity": 0}}, ...]}} \
+{{"scores": [{{"answer": 1, "helpfulness": 0, "correctness": 0, "coherence": 0, "complexity": 0, "verbosity": 0}}, \
+...]}} \
 with one entry for each of the {n} answers, in their order.
 
 Question: {question}
@@ -123,6 +124,12 @@ class JudgeEngine(EndpointAnswerer):
         prompt = judge_prompt(task["text"], shown_answers(task, self.seed))
         return make_body(self.endpoint.model, prompt, image, self.settings)
 
+    def bear(self, failure: Failed):
+        "Raise what concerns every question; a server that does not know the schema is not sent it again."
+        if failure.everyone:
+            raise failure
+        self.structured = self.structured and "response_format" not in str(failure)
+
     def schema(self) -> dict:
         "What asks the server to decode under the schema."
         schema = {"name": "scores", "strict": True, "schema": Verdict.model_json_schema()}
@@ -137,29 +144,31 @@ def read_scores(engine: JudgeEngine, task: dict, raw: str) -> dict:
 
 def told_off(asked: dict, raw: str, why: str) -> dict:
     "The request once more, after a reply that does not count."
-    said = {"role": "assistant", "content": raw}, {"role": "user", "content": f"That is not valid: {why}. Reply again, with the JSON alone."}
+    wrong = f"That is not valid: {why}. Reply again, with the JSON alone."
+    said = {"role": "assistant", "content": raw}, {"role": "user", "content": wrong}
     return asked | {"messages": [*asked["messages"], *said]}
 
 # %% ../../nbs/data/45_judged.ipynb #485497b5
-async def score(engine: JudgeEngine, client: Client, asked: dict, task: dict) -> tuple: # the task with scores or None, the raw reply, what failed
+async def score(
+    engine: JudgeEngine, # the judge
+    client: Client, # to it
+    asked: dict, # the request
+    task: dict, # of `annotation_tasks`
+) -> tuple: # the task with scores and the reply, or None twice; what failed
     "Ask until a reply holds the scores, or the tries are used up. Raises what concerns every question."
     talk, failures = asked, []
     while len(failures) <= engine.retries:
         reply, tries = await client.ask(talk | engine.schema(), retries=engine.retries - len(failures))
         failures += [{"reason": client.explain(t)} for t in tries if t["error"]]
-        if reply:
+        if reply is None:
+            engine.bear(client.failure(tries))
+            talk = asked
+        else:
             try:
                 return read_scores(engine, task, reply.answer), reply, failures
             except TitaError as e:
                 failures.append({"reason": str(e), "raw": reply.text})
                 talk = told_off(asked, reply.text, str(e))
-        elif (failure := client.failure(tries)).everyone:
-            raise failure
-        elif engine.structured and "response_format" in failures[-1]["reason"]:
-            engine.structured = False
-            continue
-        else:
-            talk = asked
         if len(failures) <= engine.retries:
             await asyncio.sleep(client.pause(len(failures) - 1))
     return None, None, failures

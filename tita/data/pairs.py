@@ -185,7 +185,7 @@ class FusionEngine(EndpointAnswerer):
         self.settings = replace(self.settings, max_tokens=self.max_new_tokens, temperature=0., stream=False)
 
     def picture(self, task: dict):
-        from tita.data.batches import get_image
+        from tita.data.sources import get_image
         return get_image(self.images, task["image"]) if self.images is not None and task["image"] else None
 
     def body(self, task: dict, image: str | None) -> dict:
@@ -338,7 +338,7 @@ def plot_examples(
 ): # matplotlib figure
     "Some pairs with their images."
     import matplotlib.pyplot as plt, textwrap
-    from tita.data.batches import get_image
+    from tita.data.sources import get_image
     shown = seeded_sample([p for p in pairs if p["image"]], n, seed)
     fig, axes = plt.subplots(max(1, -(-len(shown) // 2)), 2, figsize=(9, 1.6 * -(-len(shown) // 2) + .2), dpi=72, squeeze=False)
     for ax in axes.flat:

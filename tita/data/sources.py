@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'KINDS', 'MOST_PIXELS', 'Source', 'source_of', 'Least', 'sample_questions', 'read_questions',
-           'read_answers', 'read_pair_rows', 'to_seva', 'to_mllm', 'to_llava', 'check_image', 'check_pixels', 'Check',
-           'check_questions_file', 'write_parquet', 'parquet_images', 'write_jsonl']
+           'read_answers', 'read_pair_rows', 'to_seva', 'to_mllm', 'to_llava', 'get_image', 'check_image',
+           'check_pixels', 'Check', 'check_questions_file', 'write_parquet', 'parquet_images', 'write_jsonl']
 
 # %% ../../nbs/data/40_sources.ipynb #95045d95
 import heapq, json, re, tempfile, warnings
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
 from ..core import TitaError, open_image, progress, seed_for, write_text
-from ..rows import (ATTRIBUTES, LOGPS, SCORED, ImageFolder, Line, as_turns, clean_question, iter_records,
-    pair_rows, question_rows, read_rows, turn_pairs)
+from ..rows import (ATTRIBUTES, LOGPS, SCORED, ImageFolder, Line, as_turns, clean_question, find_image,
+    iter_records, pair_rows, question_rows, read_rows, turn_pairs)
 
 # %% ../../nbs/data/40_sources.ipynb #3a7de28e
 @dataclass(frozen=True)
@@ -147,6 +147,18 @@ def to_llava(row: dict) -> dict:
     asked = {"from": "human", "value": ("<image>\n" if row["image"] else "") + row["text"]}
     said = {"from": "gpt", "value": row["answer"]}
     return {"id": row["question_id"], "image": row["image"], "conversations": [asked, said]}
+
+# %% ../../nbs/data/40_sources.ipynb #4d0a7c21
+def get_image(
+    images, # folder, or a mapping from name to Pillow image
+    name: str, # as the question has it
+): # Pillow image, RGB
+    "One picture. Raises `TitaError` if it is missing or damaged."
+    if isinstance(images, (str, Path, ImageFolder)):
+        return open_image(find_image(images, name))
+    if name not in images:
+        raise TitaError(f"image {name!r} is not among the {len(images)} given images")
+    return images[name].convert("RGB")
 
 # %% ../../nbs/data/40_sources.ipynb #b006a425
 KINDS = {"leaves its folder": "escapes", "not an image": "unreadable", "damaged": "truncated", "pixels": "unreadable",
