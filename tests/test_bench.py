@@ -203,8 +203,12 @@ def test_the_key_shows_nowhere(tmp_path):
         args = ["run", "--base-url", url, "--model", "m", "--questions", questions, "--key-env", "MY_KEY",
             "--timeout", 3600, "--retries", 1]
         said += bench(*args, "--out", tmp_path/"a.jsonl", MY_KEY=CANARY, OPENAI_LOG="debug")
-        broken = "\n".join(["import tita.bench.traffic",
-            f"def boom(*a, **k): raise RuntimeError('no row for {CANARY}')", "tita.bench.traffic.make_row = boom", "from tita.bench.bench_cli import main", "main()"])
+        broken = "\n".join([
+            "import tita.bench.traffic",
+            f"def boom(*a, **k): raise RuntimeError('no row for {CANARY}')",
+            "tita.bench.traffic.make_row = boom",
+            "from tita.bench.bench_cli import main",
+            "main()"])
         r = subprocess.run([sys.executable, "-c", broken, *map(str, args), "--out", str(tmp_path/"b.jsonl")],
             capture_output=True, text=True, env=env(MY_KEY=CANARY))
         assert r.returncode == 1 and "RuntimeError: no row for ***" in r.stderr, r.stderr
