@@ -16,7 +16,7 @@ def sevas_way(model, processor, questions, images, views, max_new_tokens, seed):
     from tita.views import parse_view, view_seed
     from tita.core import open_image
     from tita.models import chat_prompt
-    from tita.data.sources import find_image
+    from tita.rows import find_image
     out = {}
     for view in map(parse_view, views):
         for q in questions:

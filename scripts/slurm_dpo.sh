@@ -16,13 +16,15 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 DATA=data/step2
 PAIRS=${PAIRS:-$DATA/ocrvqa/ocrvqa_answer_file_8k_dpo.jsonl $DATA/textvqa/textvqa_answer_file_8k_dpo.jsonl}
 IMAGES=${IMAGES:-$DATA/ocrvqa/images $DATA/textvqa/train_images}
-PARAMS=${PARAMS:-scripts/params/tita.yaml}
+PARAMS=${PARAMS:-scripts/params/train/tita.yaml}
 METHOD=${METHOD:-dpo}
 again=(); [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && again=(--resume)
 trap 'scontrol requeue "$SLURM_JOB_ID"' TERM
 
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=${MASTER_PORT:-29500}
-export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / ${SLURM_GPUS_ON_NODE:-4}))
-srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-4}" --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d \
-  --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" --no-python tita-train "$METHOD" --config "$PARAMS" --pairs $PAIRS --images $IMAGES "${again[@]}" "$@" &
+per_node=${SLURM_GPUS_ON_NODE:-4}
+export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK > per_node ? SLURM_CPUS_PER_TASK / per_node : 1))
+srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$per_node" --rdzv_id "$SLURM_JOB_ID" \
+  --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" --no-python \
+  tita-train "$METHOD" --config "$PARAMS" --pairs $PAIRS --images $IMAGES "${again[@]}" "$@" &
 wait $!

@@ -346,6 +346,94 @@ def test_trl_trains_on_the_folder(world, tmp_path):
     assert not torch.equal(before, trainer.model.lm_head.weight.cpu()) and abs(trainer.state.log_history[0]["loss"] - .6931) < .01
 
 
+## Whatever is written can be trained on
+
+PAIR = dict(prompt="Is there a cup in the image?", chosen="yes", rejected="no")
+
+
+def pair_files(world, root):
+    "A pair file of every kind: what `tita-data` writes, and what each project publishes."
+    rows = [PAIR | dict(question_id=f"q{i}", image=f"{i}.png", source="seva:clean>diffusion-800") for i in (1, 2)]
+    (root/"ours.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for to in ("jsonl", "seva", "mllm", "trl", "parquet"):
+        inside("convert", root/"ours.jsonl", root/f"made.{to}", "--to", to, "--images", world/"images")
+    inside("convert", root/"ours.jsonl", root/"embedded.parquet", "--to", "parquet", "--images", world/"images", "--embed")
+    answers = [dict(question_id=r["question_id"], image=r["image"], text=r["prompt"], view=v, answer=a)
+               for r in rows for v, a in (("clean", "yes"), ("diffusion-800", "no"))]
+    (root/"answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in answers))
+    inside("pairs", root/"answers.jsonl", "--images", world/"images", "--out", root/"set")
+    asked, (good, bad) = {"from": "human", "value": f"<image>\n{PAIR['prompt']}"}, ({"from": "gpt", "value": v} for v in ("yes", "no"))
+    seva = [dict(chosen="yes", reject="no", question=PAIR["prompt"], image_id=f"{i}.jpg") for i in (1, 2)]
+    mllm = [dict(id=i, image=f"scigraph/{i}.png", question=str(asked), chosen=good, rejected=str([asked, bad])) for i in (1, 2)]
+    (root/"seva_array.json").write_text(json.dumps(seva))
+    (root/"seva_lines.json").write_text("\n".join(map(json.dumps, seva)))
+    (root/"mllm_published.json").write_text(json.dumps(mllm, indent=1))
+    import datasets
+    say = lambda role, text: [{"role": role, "content": text}]
+    trl = [dict(images=[str(world/f"images/{i}.png")], prompt=say("user", PAIR["prompt"]), chosen=say("assistant", "yes"),
+                rejected=say("assistant", "no")) for i in (1, 2)]
+    said = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
+    features = datasets.Features({"images": [datasets.Image()], "prompt": said, "chosen": said, "rejected": said})
+    datasets.Dataset.from_list(trl, features=features).to_parquet(root/"trl.parquet")
+    return [root/n for n in ("ours.jsonl", "made.jsonl", "made.seva", "made.mllm", "made.trl", "made.parquet", "embedded.parquet",
+        "set/pairs.jsonl", "set/seva.json", "set/mllm_dpo.json", "set/trl", "seva_array.json", "seva_lines.json",
+        "mllm_published.json", "trl.parquet")]
+
+
+def shown(image):
+    "The pixels of a row's image, which is a path or what `datasets` has inside."
+    import io
+    with Image.open(io.BytesIO(image["bytes"]) if isinstance(image, dict) else image) as im:
+        return im.convert("RGB").tobytes()
+
+
+def test_every_pair_file_can_be_trained_on(world, tmp_path):
+    from tita.rows import read_pairs
+    pixels = [shown(world/f"images/{i}.png") for i in (1, 2)]
+    for file in pair_files(world, tmp_path):
+        wrong = []
+        rows = list(read_pairs(file, world/"images", wrong))
+        assert not wrong and [{k: r[k] for k in PAIR} for r in rows] == [PAIR] * 2, file
+        assert [shown(r["image"]) for r in rows] == pixels, file
+        assert all(r["source"].startswith(f"{file}:") and "question_id" in r for r in rows), file
+
+
+def conversation_files(world, root):
+    "Files of answers of every kind."
+    scores = dict(helpfulness=4, correctness=4, coherence=4, complexity=1, verbosity=1)
+    answers = [dict(view="clean", model="m", sample=k, answer=a, scores=scores | {"helpfulness": 4 - k}) for k, a in enumerate(("yes", "no"))]
+    scored = [dict(question_id=f"q{i}", image=f"{i}.png", text=PAIR["prompt"], model="judge", answers=answers) for i in (1, 2)]
+    (root/"scored.jsonl").write_text("".join(json.dumps(r) + "\n" for r in scored))
+    for to in ("sft", "rejection", "steerlm"):
+        inside("convert", root/"scored.jsonl", root/f"{to}.json", "--to", to, "--images", world/"images")
+    rows = [dict(question_id=f"q{i}", image=f"{i}.png", text=PAIR["prompt"], view="clean", answer="yes") for i in (1, 2)]
+    (root/"answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    inside("convert", root/"answers.jsonl", root/"llava.json", "--to", "llava")
+    return [root/n for n in ("sft.json", "rejection.json", "steerlm.json", "answers.jsonl", "llava.json")]
+
+
+def test_every_file_of_answers_can_be_trained_on(world, tmp_path):
+    from tita.rows import read_conversations
+    for file in conversation_files(world, tmp_path):
+        wrong = []
+        rows = list(read_conversations(file, world/"images", wrong))
+        assert not wrong and [r["answer"] for r in rows] == (["yes", "no"] * 2 if file.stem == "steerlm" else ["yes"] * 2), file
+        assert all(r["prompt"].startswith(PAIR["prompt"]) and Path(r["image"]).is_file() for r in rows), file
+
+
+def test_one_bad_row_costs_no_file(world, tmp_path, capsys):
+    from tita.rows import read_pairs
+    good = PAIR | {"image": "1.png"}
+    bad = [good | {"rejected": ""}, good | {"chosen": "no"}, good | {"image": "gone.png"}, good | {"image": "../model/config.json"}, {"prompt": "?"}]
+    text = [json.dumps(r) for r in (good, *bad)] + ["{broken", json.dumps(good)[:-1] + ', "x": ' + "[" * 3000, '"text"', json.dumps(good)]
+    (tmp_path/"p.jsonl").write_text("\n".join(text))
+    assert len(list(read_pairs(tmp_path/"p.jsonl", world/"images"))) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1] for line in told] == [str(n) for n in range(2, 10)], told
+    for line, why in zip(told, ("rejected is empty", "are equal", "is not in", "leaves its folder", "no key 'chosen'", "not JSON", "nested", "a row is a JSON object")):
+        assert f"left out: {why}" in line or why in line
+
+
 PEAK = """# the greatest memory of this process in MB; ru_maxrss would count that of the process which started it
 import sys
 from pathlib import Path

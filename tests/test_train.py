@@ -236,7 +236,7 @@ def test_attention_is_measured_once_and_kept_in_the_metrics(folder):
     from tita.train.recipes import main, parse
     out = folder / "measured"
     main(flags(folder, "measured", "--max_steps", "1", "--measure_attention", "true"))
-    assert 0 < json.loads((out / "metrics.json").read_text())["attention_seconds"]["sdpa"] < 1
+    assert json.loads((out / "metrics.json").read_text())["attention_seconds"]["sdpa"] > 0
     for more, wanted in (((), torch.cuda.is_available()), (("--measure_attention", "true"), True), (("--measure_attention", "true", "--attn_implementation", "sdpa"), False)):
         assert parse("dpo", [str(a) for a in flags(folder, "named", *more)[1:]])[1].measure_attention == wanted
 
@@ -298,7 +298,7 @@ def test_published_settings(name, tmp_path):
     import yaml
     from tita.train.recipes import parse
     method, wanted = PUBLISHED[name]
-    there = yaml.safe_load((ROOT / f"scripts/params/{name}.yaml").read_text())
+    there = yaml.safe_load((ROOT / f"scripts/params/train/{name}.yaml").read_text())
     assert (ROOT / there["deepspeed"]).exists() and Path(there.pop("deepspeed")).stem == wanted["deepspeed"] and there["bf16"] and there["gradient_checkpointing"]
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(there | dict(bf16=False, tf32=False)))
     data, args, model = parse(method, ["--config", str(tmp_path / "p.yaml"), "--pairs", "a.jsonl", "--images", "images"])
@@ -316,8 +316,8 @@ def test_published_settings(name, tmp_path):
 def test_launchers(script, env, wanted, tmp_path):
     "What the scripts start, with programs that only say how they were called."
     (tmp_path / "bin").mkdir()
-    (tmp_path / "scripts/params").mkdir(parents=True)
-    (tmp_path / "scripts/params/tita.yaml").write_text("")
+    (tmp_path / "scripts/params/train").mkdir(parents=True)
+    (tmp_path / "scripts/params/train/tita.yaml").write_text("")
     (tmp_path / "scripts" / script).write_text((ROOT / "scripts" / script).read_text())
     for name in ("deepspeed", "torchrun", "accelerate", "srun", "tita-train"):
         (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
@@ -329,7 +329,7 @@ def test_launchers(script, env, wanted, tmp_path):
     command = lambda **more: subprocess.run(["bash", tmp_path / "scripts" / script, "--beta", "0.2"], env=dict(PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin", PAIRS="pairs.jsonl", IMAGES="pictures") | env | more, capture_output=True, text=True)
     run = command()
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip().startswith(wanted) and "--config scripts/params/tita.yaml --pairs pairs.jsonl --images pictures" in run.stdout and "--beta 0.2" in run.stdout and ("--resume" in run.stdout) == (script == "slurm_dpo.sh")
+    assert run.stdout.strip().startswith(wanted) and "--config scripts/params/train/tita.yaml --pairs pairs.jsonl --images pictures" in run.stdout and "--beta 0.2" in run.stdout and ("--resume" in run.stdout) == (script == "slurm_dpo.sh")
     if script == "run_dpo.sh":
         assert command(PAIRS="none.jsonl").returncode == 2 and "none.jsonl is missing" in command(PAIRS="none.jsonl").stderr and command(LAUNCHER="mpi").returncode == 2
 

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from ..core import TitaError, cli, read_jsonl, seed_for, write_json
-from .sources import SOURCES, check_questions_file, find_image, question_rows, read_answers, read_pairs, read_questions, read_rows, sample_questions, write_jsonl, write_parquet
+from .sources import (MOST_PIXELS, SOURCES, check_questions_file, read_answers, read_pair_rows, read_questions,
+    sample_questions, write_jsonl, write_parquet)
+from ..rows import ImageFolder, iter_records, question_rows, read_rows
 
 # %% ../../nbs/data/46_data_cli.ipynb #403ca334
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -58,10 +60,10 @@ def questions_command(
 ):
     "Sample questions as SeVa does: 4,000 images of OCR-VQA, 8,000 of TextVQA, up to two questions each."
     rows = sample_questions(mix, parse_sources(source), seed, per_image)
-    missing = 0
+    missing, folder = 0, ImageFolder(images) if images else None
     for r in rows if images else ():
         try:
-            r["image"] = find_image(images, r["image"]).relative_to(images).as_posix()
+            r["image"] = folder.find(r["image"]).relative_to(images).as_posix()
         except TitaError:
             missing += 1
     write_jsonl(out, rows)
@@ -77,9 +79,10 @@ def questions_command(
 def check_command(
     questions: _arg(Path, "question file; or one of answers or pairs"), images: _arg(Path, "image folder"),
     most: _opt(int, "show only the first so many lines that are wrong", "--max") = 50,
+    max_pixels: _opt(int, "an image with more is not decoded, and counts as unreadable", min=1) = MOST_PIXELS,
 ):
     "Read every row and open every image; exit code 1 and line numbers if anything is wrong."
-    counts, wrong = check_questions_file(questions, images)
+    counts, wrong = check_questions_file(questions, images, max_pixels)
     print("  ".join(f"{k.replace('_', ' ')} {v}" for k, v in counts.items()))
     for line, kind, why in wrong[:most]:
         print(f"{questions}:{line}: {kind}: {why}")
@@ -113,7 +116,7 @@ def build_engine(
     device: str | None = None, dtype: str = "auto", # of a model in this process
 ): # an engine of `tita.data.answers` or `tita.data.answerers`
     "Whoever answers. Raises `TitaError` for options that do not fit."
-    from tita.data.answerers import Endpoint, EndpointEngine, RayEngine
+    from tita.data.answerers import EndpointEngine, RayEngine, server_endpoint
     from tita.data.answers import LocalEngine
     if engine not in ENGINES:
         raise TitaError(f"engine {engine!r} is none of {', '.join(ENGINES)}")
@@ -122,7 +125,7 @@ def build_engine(
     if engine != "openai" and base_url:
         raise TitaError(f"--base-url is for engine openai, not {engine}; give --engine openai or leave it out")
     if engine == "openai":
-        return EndpointEngine(Endpoint(base_url, model, key_env, concurrency), images, names, **settings)
+        return EndpointEngine(server_endpoint(base_url, model, key_env, concurrency), images, names, **settings)
     if engine == "ray":
         return RayEngine(model_folder(model), str(images), names, settings | {"batch_size": batch_size, "model_name": short_name(model)}, actors, gpus)
     from tita.models import load_processor, load_vlm
@@ -232,9 +235,9 @@ def annotate_command(
     from tita.data.judged import JUDGE, JudgeEngine, annotation_tasks
     from tita.core import stable_hash
     from tita.data.answers import run_engine
-    from tita.data.answerers import Endpoint
+    from tita.data.answerers import server_endpoint
     tasks = annotation_tasks(load_answers(answers))
-    judge = JudgeEngine(Endpoint(base_url, model, key_env, concurrency, retries=retries), images, seed, pause=pause)
+    judge = JudgeEngine(server_endpoint(base_url, model, key_env, concurrency), images, seed=seed, retries=retries, pause=pause)
     finish(run_engine(judge, tasks, out, {"judge": model, "seed": seed, "prompt": stable_hash(JUDGE)}), out)
 
 # %% ../../nbs/data/46_data_cli.ipynb #554832fb
@@ -250,11 +253,11 @@ def fuse_with_server(
     "Fuse answers through an API; what failed is missing and stands in the errors file."
     from tita.core import stable_hash
     from tita.data.answers import run_engine
-    from tita.data.answerers import Endpoint
+    from tita.data.answerers import server_endpoint
     from tita.data.pairs import FUSE, FusionEngine, fusion_tasks
     if not (base_url and model):
         raise TitaError("method fused needs --base-url and --model")
-    count = run_engine(FusionEngine(Endpoint(base_url, model, key_env, concurrency), images), fusion_tasks(answers, views), out, {"model": model, "views": list(views), "prompt": stable_hash(FUSE)})
+    count = run_engine(FusionEngine(server_endpoint(base_url, model, key_env, concurrency), images), fusion_tasks(answers, views), out, {"model": model, "views": list(views), "prompt": stable_hash(FUSE)})
     if count["failed"]:
         print(f"{count['failed']} questions could not be fused: {out.with_suffix('')}.errors.jsonl; the same command again tries them again", file=sys.stderr)
     return read_jsonl(out), count["failed"]
@@ -314,10 +317,9 @@ def read_any(
     path: str | Path, # file of any format
 ) -> tuple: # kind (pairs, answers or questions) and rows
     "Rows of a file, whatever they are."
-    from tita.data.sources import iter_records
     _, first = next(iter_records(path))
     if "chosen" in first:
-        return "pairs", read_pairs(path)
+        return "pairs", read_pair_rows(path)
     if "view" in first:
         return "answers", read_answers(path)
     return "questions", read_questions(path)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'implicit_reward', 'margin', 'sigmoid_loss', 'hinge_loss', 'ipo_loss', 'dpo_loss', 'fill_batches',
-           'ImageSampler', 'TellEpoch', 'TreeCollator', 'TreeOptions', 'PrefixSharedDPOConfig', 'as_rows', 'fit_rows',
-           'tokenised', 'kept', 'set_rate', 'TreeForward', 'PrefixSharedDPOTrainer', 'PrefixSharedSFTConfig',
-           'PrefixSharedSFTTrainer']
+           'ImageSampler', 'TellEpoch', 'TreeCollator', 'TreeOptions', 'PrefixSharedDPOConfig', 'place_of', 'fault',
+           'as_rows', 'fit_rows', 'tokenised', 'rows_on_disk', 'set_rate', 'TreeForward', 'PrefixSharedDPOTrainer',
+           'PrefixSharedSFTConfig', 'PrefixSharedSFTTrainer']
 
 # %% ../../nbs/train/52_dpo.ipynb #b44c4a41
 from dataclasses import dataclass, field
@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from ..core import TitaError, stable_hash
 from .images import ImageStore, TowerCache, backbone, freeze_vision, projector
-from .trees import answer_index, attention_seconds, encode_rows, fit_mask, gathered, grow_trees, mrope, pad_trees
+from tita.train.trees import (answer_index, attention_seconds, encode_rows, fit_mask, gathered, grow_trees, mrope,
+    pad_trees)
 
 # %% ../../nbs/train/52_dpo.ipynb #b3e8090d
 def implicit_reward(
@@ -63,15 +64,17 @@ def dpo_loss(
     chosen_weight: float=0., # of −log π(chosen)
 ) -> Tensor: # (B,) a loss per pair
     "The loss of a batch of pairs, before the mean."
-    args = policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps
+    chosen, rejected = (policy_chosen_logps, ref_chosen_logps), (policy_rejected_logps, ref_rejected_logps)
     loss = -chosen_weight * policy_chosen_logps
     for name, weight in zip(loss_type, loss_weights or [1.] * len(loss_type), strict=True):
         if name not in LOSSES:
-            raise TitaError(f"loss {name!r} is not written out here; known: {', '.join(LOSSES)} (the trainer also takes TRL's other loss types)")
+            raise TitaError(f"loss {name!r} is not written out here; known: {', '.join(LOSSES)}"
+                " (the trainer also takes TRL's other loss types)")
         if name == "ipo" and lengths is None:
-            raise TitaError("ipo is a loss per token; give lengths=(chosen, rejected)")
+            raise TitaError("ipo is a loss per token and needs the lengths of chosen and rejected answers")
         c, r = lengths if name == "ipo" else (1, 1)
-        loss = loss + weight * LOSSES[name](margin(args[0] / c, args[1] / r, args[2] / c, args[3] / r), beta)
+        delta = margin(chosen[0] / c, rejected[0] / r, chosen[1] / c, rejected[1] / r)
+        loss = loss + weight * LOSSES[name](delta, beta)
     return loss
 
 # %% ../../nbs/train/52_dpo.ipynb #c740e6a4
@@ -106,24 +109,28 @@ class ImageSampler(torch.utils.data.Sampler):
         seed: int=0, # of the shuffling
         lengths=None, # per row, a length: batches then hold rows of similar length
     ):
-        self.groups, self.batch_size, self.seed, self.epoch, self.n = {}, batch_size, seed, 0, len(image_ids)
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        groups = {}
         for i, ids in enumerate(image_ids):
-            self.groups.setdefault(tuple(ids) or ("text", i), []).append(i)
-        self.groups = list(self.groups.values())
+            groups.setdefault(tuple(ids) or ("text", i), []).append(i)
+        self.groups = list(groups.values())
         self.lengths = lengths and [max(lengths[i] for i in g) for g in self.groups]
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
     def __len__(self):
-        return self.n
+        return sum(map(len, self.groups))
 
-    def __iter__(self):
-        g = torch.Generator().manual_seed(self.seed * 1000 + self.epoch)
-        order = torch.randperm(len(self.groups), generator=g).tolist()
-        if self.lengths:  # sort within stretches of fifty batches, as transformers does, then shuffle nothing more
-            step = max(1, 50 * self.batch_size * len(self.groups) // self.n)
-            order = [i for k in range(0, len(order), step) for i in sorted(order[k:k+step], key=lambda i: -self.lengths[i])]
-        yield from fill_batches([self.groups[i] for i in order], self.batch_size)
+# %% ../../nbs/train/52_dpo.ipynb #52d0a002
+@patch
+def __iter__(self: ImageSampler):
+    g = torch.Generator().manual_seed(self.seed * 1000 + self.epoch)
+    order = torch.randperm(len(self.groups), generator=g).tolist()
+    if self.lengths:
+        step = max(1, 50 * self.batch_size * len(self.groups) // len(self))
+        stretches = [order[k:k+step] for k in range(0, len(order), step)]
+        order = [i for s in stretches for i in sorted(s, key=lambda i: -self.lengths[i])]
+    yield from fill_batches([self.groups[i] for i in order], self.batch_size)
 
 # %% ../../nbs/train/52_dpo.ipynb #2d64f3af
 class TellEpoch(TrainerCallback):
@@ -145,27 +152,36 @@ class TreeCollator:
     answers: tuple=("chosen", "rejected") # names of the rows' answers
     side: str="right" # where trees are padded
 
-    def plant(self, rows) -> tuple: # the trees as inputs, and the labels of all answers: the first answers of all rows, then the second ones
-        trees, starts, lines, images = grow_trees(rows, self.store, self.answers, self.share, self.positions)
-        r, c, labels = (x[[i for line in lines for i in line]] for x in answer_index(trees, starts, self.side))
+    def plant(self, rows) -> tuple: # the trees as inputs; labels (N, A): all first answers, then all second ones
+        trees, starts, *about = grow_trees(rows, self.store, self.answers, self.share, self.positions)
+        lines, images = about
+        order = [i for line in lines for i in line]
+        r, c, labels = (x[order] for x in answer_index(trees, starts, self.side))
         numbers = [n for g in images for n in g]
-        inputs = pad_trees(trees, self.pad_id, self.side) | self.store.inputs(numbers, pixels=not (self.known and self.known()))
-        return dict(inputs=inputs, rows=r, cols=c, images=numbers), labels
+        tokens = pad_trees(trees, self.pad_id, self.side)
+        pixels = self.store.inputs(numbers, pixels=not (self.known and self.known()))
+        return dict(inputs=tokens | pixels, rows=r, cols=c, images=numbers), labels
 
-    def __call__(self, rows):
-        tree, labels = self.plant(rows)
-        labels = F.pad(labels, (1, 0), value=-100)  # TRL shifts labels by one; the answers' predictions are shifted already
-        batch = dict(tree=tree, input_ids=labels.clamp(min=0), attention_mask=(labels != -100).long())
-        if self.answers == ("chosen", "rejected"):
-            batch["completion_mask"] = batch["attention_mask"]
-        else:
-            batch["labels"] = labels
-        for k in ("ref_chosen_logps", "ref_rejected_logps"):
-            if k in rows[0]:
-                batch[k] = torch.tensor([row[k] for row in rows])
-        return batch
+# %% ../../nbs/train/52_dpo.ipynb #52d0a003
+@patch
+def __call__(self: TreeCollator, rows):
+    tree, labels = self.plant(rows)
+    labels = F.pad(labels, (1, 0), value=-100)  # TRL shifts labels by one; the answers' predictions are shifted already
+    batch = dict(tree=tree, input_ids=labels.clamp(min=0), attention_mask=(labels != -100).long())
+    if self.answers == ("chosen", "rejected"):
+        batch["completion_mask"] = batch["attention_mask"]
+    else:
+        batch["labels"] = labels
+    for k in ("ref_chosen_logps", "ref_rejected_logps"):
+        if k in rows[0]:
+            batch[k] = torch.tensor([row[k] for row in rows])
+    return batch
 
 # %% ../../nbs/train/52_dpo.ipynb #2189364e
+def _option(default, text: str, *choices):
+    "A field with its help, as transformers' parser shows it."
+    return field(default=default, metadata={"help": text} | ({"choices": list(choices)} if choices else {}))
+
 @dataclass
 class TreeOptions:
     "What concerns images, trees and the machine; to be mixed into a TRL config."
@@ -175,7 +191,7 @@ class TreeOptions:
     projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector, if it differs."})
     image_pad: bool = field(default=False, metadata={"help": "Pad images to a square before they are resized (LLaVA-1.5's image_aspect_ratio pad)."})
     too_long: str = field(default="error", metadata={"help": "What to do with rows longer than max_length (or the model's context): 'error' or 'drop'. Nothing is ever cut.", "choices": ["error", "drop"]})
-    feature_cache_gb: float = field(default=4.0, metadata={"help": "Main memory for features of the frozen tower, in GiB."})
+    feature_cache_gb: float = field(default=4.0, metadata={"help": "GiB of main memory for features of the frozen tower; the rest lies in memory-mapped files below TMPDIR."})
     image_cache_gb: float = field(default=1.0, metadata={"help": "Main memory for processed images, in GiB."})
     max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; None: the model's context."})
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Compute activations twice to save memory. None: on a GPU only."})
@@ -200,11 +216,33 @@ class TreeOptions:
 # %% ../../nbs/train/52_dpo.ipynb #53b80751
 @dataclass
 class PrefixSharedDPOConfig(TreeOptions, DPOConfig):
-    "`DPOConfig`, and what concerns images and trees. Left alone, it takes what the machine offers: bf16 on a GPU, float32 on a CPU."
-    chosen_weight: float = field(default=0.0, metadata={"help": "Weight of -log p(chosen), summed over its tokens, in the loss."})
-    precompute_ref_log_probs: bool = field(default=True, metadata={"help": "Compute the reference's log-probabilities once, before training."})
+    "`DPOConfig`, and what concerns images and trees."
+    chosen_weight: float = _option(0.0, "Weight of -log p(chosen), summed over its tokens, in the loss.")
+    precompute_ref_log_probs: bool = _option(True, "Compute the reference's log-probabilities once, before training.")
 
 # %% ../../nbs/train/52_dpo.ipynb #59862971
+def place_of(
+    row: dict, # of training data
+    number: int, # of the row, from 0
+) -> str: # "pairs.jsonl:7", or "row 6"
+    "Where a row comes from."
+    source = str(row.get("source") or "")
+    return source if source.rpartition(":")[2].isdigit() else f"row {number}"
+
+def fault(
+    row: dict, # of training data
+    answers=("chosen", "rejected"), # names of the answers
+) -> str | None: # what is wrong with it
+    "Why a row cannot be trained on."
+    missing = [k for k in ("prompt", *answers) if row.get(k) in (None, "", [])]
+    if row.get("image", row.get("images")) in (None, "", []):
+        missing.append("image")
+    if missing:
+        return f"no {', '.join(missing)}; every row needs an image, a prompt and {' and '.join(answers)}"
+    if "rejected" in answers and row["chosen"] == row["rejected"]:
+        return "chosen and rejected are equal, which teaches nothing; drop such rows (tita-data pairs does)"
+
+# %% ../../nbs/train/52_dpo.ipynb #52d0a008
 def as_rows(
     dataset, # list of rows, or a datasets.Dataset, with image or images, prompt and answers
     answers=("chosen", "rejected"), # names of the answers
@@ -220,11 +258,8 @@ def as_rows(
     if not rows:
         raise TitaError("the data set is empty; check the file and what filtered it")
     for i, row in enumerate(rows):
-        missing = [k for k in ("prompt", *answers) if row.get(k) in (None, "", [])] + ["image"] * (row.get("image", row.get("images")) in (None, "", []))
-        if missing:
-            raise TitaError(f"row {i}: no {', '.join(missing)}; every row needs an image, a prompt and {' and '.join(answers)}")
-        if "rejected" in answers and row["chosen"] == row["rejected"]:
-            raise TitaError(f"row {i}: chosen and rejected are equal, which teaches nothing; drop such rows (tita-data pairs does)")
+        if why := fault(row, answers):
+            raise TitaError(f"{place_of(row, i)}: {why}")
     return rows
 
 # %% ../../nbs/train/52_dpo.ipynb #6538f4e1
@@ -234,14 +269,20 @@ def fit_rows(
     limit: int|None, # tokens that a row may have; None: any
     too_long: str="error", # or "drop"
     answers=("chosen", "rejected"), # names of the answers
+    places=None, # per row, where it comes from; None: its number
 ) -> tuple[list, int]: # rows that fit, number of rows dropped
     "Keep rows that fit. Raises `TitaError` if one does not and `too_long` is 'error'."
     size = {n: len(store.tokens(n)) - 1 for n in range(len(store))}
-    length = lambda r: len(r["prompt_ids"]) + sum(size[n] for n in r["image_ids"]) + max(len(r[f"{a}_ids"]) for a in answers)
+    def length(r):
+        images = sum(size[n] for n in r["image_ids"])
+        return len(r["prompt_ids"]) + images + max(len(r[f"{a}_ids"]) for a in answers)
     rows = [r | {"length": length(r)} for r in rows]
     long = [i for i, r in enumerate(rows) if limit and r["length"] > limit]
     if long and too_long == "error":
-        raise TitaError(f"{len(long)} of {len(rows)} rows are longer than {limit} tokens (row {long[0]}: {rows[long[0]]['length']}); drop them with too_long='drop' or raise max_length. Nothing is cut silently")
+        first = long[0]
+        where = places[first] if places else f"row {first}"
+        raise TitaError(f"{len(long)} of {len(rows)} rows are longer than {limit} tokens ({where}: "
+            f"{rows[first]['length']}); drop them with --too_long drop or raise --max_length. Nothing is cut silently")
     return [r for r in rows if not limit or r["length"] <= limit], len(long)
 
 # %% ../../nbs/train/52_dpo.ipynb #9914d58f
@@ -256,15 +297,17 @@ def tokenised(
     "A data set as TRL's trainers take text."
     if isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names:
         return dataset
-    rows, dropped = fit_rows(encode_rows(as_rows(dataset, answers), store, answers), store, limit, too_long, answers)
+    given = as_rows(dataset, answers)
+    places = [place_of(r, i) for i, r in enumerate(given)]
+    rows, dropped = fit_rows(encode_rows(given, store, answers), store, limit, too_long, answers, places)
     if not rows:
-        raise TitaError(f"all {dropped} rows are longer than {limit} tokens; raise max_length")
+        raise TitaError(f"all {dropped} rows are longer than {limit} tokens; raise --max_length")
     if sort:
         rows.sort(key=lambda r: r["image_ids"][:1])
     return Dataset.from_list(rows)
 
 # %% ../../nbs/train/52_dpo.ipynb #6b80388c
-def kept(
+def rows_on_disk(
     data: Dataset, # of `tokenised`
     folder, # where it goes
     args, # a training configuration, which knows the processes
@@ -294,51 +337,61 @@ def set_rate(
 class TreeForward:
     "For a trainer of TRL or transformers: forward trees where it would forward rows."
     attention = None # seconds of the implementations that run here, once they are measured
+
     def _plant(self, model, processor, args, image_root=None, answers=("chosen", "rejected"), store=None):
         "Before the trainer is built: freeze, and make store, cache and collator."
         freeze_vision(model, args.freeze_vision, args.freeze_projector)
         self.store = store or ImageStore(processor, image_root, int(args.image_cache_gb * 2**30), args.image_pad)
-        self.cache = TowerCache(model, int(args.feature_cache_gb * 2**30))
+        self.cache = TowerCache(model, int(args.feature_cache_gb * 2**30), self.store)
         args.max_length = args.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
         return TreeCollator(self.store, processor.tokenizer.pad_token_id or 0, args.share, mrope(model), lambda: self.cache.complete(len(self.store)), answers)
 
     def _tree_forward(self, model, tree, **kwargs):
         "Called in place of the model; what comes out of its head is for the answers' tokens alone."
         inner = self.accelerator.unwrap_model(model)  # the policy or a reference, out of DDP or DeepSpeed
+        mask = tree["inputs"]["attention_mask"]  # (B, 1, T, T)
         if self.args.measure_attention:
-            self._attend(inner, tree["inputs"]["attention_mask"])
-        inputs = tree["inputs"] | {"attention_mask": fit_mask(inner, tree["inputs"]["attention_mask"])}
+            self._attend(inner, mask)
+        inputs = tree["inputs"] | {"attention_mask": fit_mask(inner, mask)}
         with gathered(inner, tree["rows"], tree["cols"]), self.cache.using(tree["images"]):
             return model(**inputs, **kwargs)
 
-    def _load_from_checkpoint(self, checkpoint, model=None):
-        "transformers saves a LLaVA under other names than it has in memory, and its own loading here would skip them all with a warning."
-        model = model or self.model
-        if hasattr(model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(checkpoint, model)
-        model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
+# %% ../../nbs/train/52_dpo.ipynb #52d0a00a
+@patch
+def _get_train_sampler(self: TreeForward, train_dataset=None):
+    data = self.train_dataset if train_dataset is None else train_dataset
+    if self.args.share != "image" or self.args.train_sampling_strategy == "sequential":
+        return super(TreeForward, self)._get_train_sampler(data)
+    by_length = self.args.train_sampling_strategy == "group_by_length"
+    lengths = list(data[self.args.length_column_name]) if by_length else None
+    sampler = ImageSampler(list(data["image_ids"]), self.args.train_batch_size, self.args.seed, lengths)
+    self.add_callback(TellEpoch(sampler))
+    return sampler
 
-    def _load_best_model(self):
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+@patch
+def _set_signature_columns_if_needed(self: TreeForward):
+    super(TreeForward, self)._set_signature_columns_if_needed()
+    tokens = {f"{a}_ids" for a in ("prompt", *self._answers)}
+    self._signature_columns = list({*self._signature_columns, *tokens, "image_ids", self.args.length_column_name})
 
-    def create_optimizer(self, model=None):
-        optimizer = super().create_optimizer(model)
-        if self.args.projector_lr is not None:
-            set_rate(optimizer, projector(self.model).parameters(), self.args.projector_lr)
-        return optimizer
+# %% ../../nbs/train/52_dpo.ipynb #52d0a00c
+@patch
+def create_optimizer(self: TreeForward, model=None):
+    optimizer = super(TreeForward, self).create_optimizer(model)
+    if self.args.projector_lr is not None:
+        set_rate(optimizer, projector(self.model).parameters(), self.args.projector_lr)
+    return optimizer
 
-    def _get_train_sampler(self, train_dataset=None):
-        data = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.share != "image" or self.args.train_sampling_strategy == "sequential":
-            return super()._get_train_sampler(data)
-        lengths = list(data["length"]) if self.args.train_sampling_strategy == "group_by_length" else None
-        sampler = ImageSampler(list(data["image_ids"]), self.args.train_batch_size, self.args.seed, lengths)
-        self.add_callback(TellEpoch(sampler))
-        return sampler
+@patch
+def _load_from_checkpoint(self: TreeForward, checkpoint, model=None):
+    model = model or self.model
+    if hasattr(model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        return super(TreeForward, self)._load_from_checkpoint(checkpoint, model)
+    model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
 
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = list({*self._signature_columns, "image_ids", *(f"{a}_ids" for a in ("prompt", *self._answers))})
+@patch
+def _load_best_model(self: TreeForward):
+    self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 # %% ../../nbs/train/52_dpo.ipynb #a77e0013
 @patch
@@ -346,7 +399,8 @@ def _attend(self: TreeForward, inner, mask):
     "Let trees attend in the way that is fastest here: the same on all processes, for the policy and a reference."
     text = backbone(inner).config.get_text_config()
     if self.attention is None and text._attn_implementation == "sdpa":
-        kinds, dtype = ("sdpa", "flex_attention") if backbone(inner)._supports_flex_attn else ("sdpa",), torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else inner.dtype
+        kinds = ("sdpa", "flex_attention") if backbone(inner)._supports_flex_attn else ("sdpa",)
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else inner.dtype
         found = broadcast_object_list([attention_seconds(text, mask, dtype, kinds)])
         self.attention = {k: s for k, s in found[0].items() if s < math.inf}
     if self.attention and text._attn_implementation != (kind := min(self.attention, key=self.attention.get)):
@@ -357,10 +411,10 @@ def _attend(self: TreeForward, inner, mask):
 def _like_model(self: TreeForward, model):
     "What TRL's losses take for the model: they pass their own batch, of which the tree and the labels are used."
     def forward(tree, labels, input_ids, attention_mask, **kwargs):
-        kept.append(self._tree_forward(model, tree, shift_labels=labels[:, 1:], **kwargs))
-        return kept[0]
-    kept = []
-    return forward, kept
+        outputs.append(self._tree_forward(model, tree, shift_labels=labels[:, 1:], **kwargs))
+        return outputs[0]
+    outputs = []
+    return forward, outputs
 
 # %% ../../nbs/train/52_dpo.ipynb #e5270244
 class PrefixSharedDPOTrainer(TreeForward, DPOTrainer):
@@ -371,36 +425,44 @@ class PrefixSharedDPOTrainer(TreeForward, DPOTrainer):
         **kwargs): # for DPOTrainer
         args = args or PrefixSharedDPOConfig("dpo")
         if args.sync_ref_model:
-            raise TitaError("sync_ref_model moves the reference, which is computed once here; use TRL's DPOTrainer for it")
+            raise TitaError("--sync_ref_model moves the reference, which is seen once here; use TRL's DPOTrainer")
         if train_dataset is None:
             raise TitaError("train_dataset is missing; give preference rows")
         args.precompute_ref_log_probs = True
         kwargs.setdefault("data_collator", self._plant(model, processing_class, args, image_root))
-        train, evals = (None if d is None else self._prepare_dataset(d, processing_class, args, name) for d, name in ((train_dataset, "train"), (eval_dataset, "eval")))
-        super().__init__(model=model, ref_model=ref_model, args=args, train_dataset=train, eval_dataset=evals, processing_class=processing_class, **kwargs)
+        train = self._prepare_dataset(train_dataset, processing_class, args, "train")
+        held_out = eval_dataset if eval_dataset is None else self._prepare_dataset(
+            eval_dataset, processing_class, args, "eval")
+        super().__init__(model=model, ref_model=ref_model, args=args, train_dataset=train, eval_dataset=held_out,
+            processing_class=processing_class, **kwargs)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name="train"):
         if isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names:
             return dataset
-        return kept(tokenised(dataset, self.store, args.max_length, args.too_long, self._answers, args.share == "image"), Path(args.output_dir)/"reference"/dataset_name, args)
+        rows = tokenised(dataset, self.store, args.max_length, args.too_long, self._answers, args.share == "image")
+        return rows_on_disk(rows, Path(args.output_dir)/"reference"/dataset_name, args)
 
-    def _precompute_ref_logps(self, dataset, name, batch_size):
-        "TRL leaves its engine's hooks on the model; under ZeRO-3 they would fail once the engine of the training has renumbered the modules."
-        found = super()._precompute_ref_logps(dataset, name, batch_size)
-        if self._precompute_engine is not None:
-            self._precompute_engine.destroy()
-            self._precompute_engine = None
-        return found
+# %% ../../nbs/train/52_dpo.ipynb #52d0a00e
+@patch
+def _precompute_ref_logps(self: PrefixSharedDPOTrainer, dataset, name, batch_size):
+    found = super(PrefixSharedDPOTrainer, self)._precompute_ref_logps(dataset, name, batch_size)
+    if self._precompute_engine is not None:
+        self._precompute_engine.destroy()
+        self._precompute_engine = None
+    return found
 
-    def compute_ref_log_probs(self, model, inputs):
-        return super().compute_ref_log_probs(self._like_model(model)[0], inputs)
+@patch
+def compute_ref_log_probs(self: PrefixSharedDPOTrainer, model, inputs):
+    return super(PrefixSharedDPOTrainer, self).compute_ref_log_probs(self._like_model(model)[0], inputs)
 
-    def _compute_loss(self, model, inputs, return_outputs):
-        forward, kept = self._like_model(model)
-        loss = super()._compute_loss(forward, inputs, return_outputs)
-        if self.args.chosen_weight:
-            loss = loss - self.args.chosen_weight * kept[0].log_probs.chunk(2)[0].sum(1).mean()
-        return loss
+@patch
+def _compute_loss(self: PrefixSharedDPOTrainer, model, inputs, return_outputs):
+    forward, outputs = self._like_model(model)
+    loss = super(PrefixSharedDPOTrainer, self)._compute_loss(forward, inputs, return_outputs)
+    if self.args.chosen_weight:
+        chosen_logps = outputs[0].log_probs.chunk(2)[0]  # (B, A)
+        loss = loss - self.args.chosen_weight * chosen_logps.sum(1).mean()
+    return loss
 
 # %% ../../nbs/train/52_dpo.ipynb #b6ef0221
 @dataclass
@@ -414,8 +476,10 @@ class PrefixSharedSFTTrainer(TreeForward, SFTTrainer):
         image_root=None, # folder of images that are named by path
         **kwargs): # for SFTTrainer
         kwargs.setdefault("data_collator", self._plant(model, processing_class, args, image_root, self._answers))
-        train, evals = (None if d is None else self._prepare_dataset(d, processing_class, args) for d in (train_dataset, eval_dataset))
-        super().__init__(model=model, args=args, train_dataset=train, eval_dataset=evals, processing_class=processing_class, **kwargs)
+        train = self._prepare_dataset(train_dataset, processing_class, args)
+        held_out = None if eval_dataset is None else self._prepare_dataset(eval_dataset, processing_class, args)
+        super().__init__(model=model, args=args, train_dataset=train, eval_dataset=held_out,
+            processing_class=processing_class, **kwargs)
 
     def _prepare_dataset(self, dataset, processing_class, args, *_):
         return tokenised(dataset, self.store, args.max_length, args.too_long, self._answers, args.share == "image")
