@@ -20,8 +20,11 @@ from .experts import Expert, share_towers
 from .prompts import Encoder
 from .vocabularies import TokenMap
 from .guidance import FORMS, Guidance
+from .pace import Pace
+from .speculation import SpeculativeEngine
 from ..models import answer_ids, check_pair, load_processor, load_vlm, vision_tower
 from .sampling import Sampling
+from ..views import parse_view, view_seed
 
 # %% ../../nbs/decode/18_decoder.ipynb #3c3dddec
 def _load(model, dtype, device, known: dict):
