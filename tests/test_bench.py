@@ -32,7 +32,9 @@ def bench(*args, code=0, **kw):
 
 def start(*args, **kw):
     piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([*BENCH, *map(str, args)], env=env(**kw), **piped)
+    def interruptible(): # also where these tests run in the background, which ignores Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([*BENCH, *map(str, args)], env=env(**kw), preexec_fn=interruptible, **piped)
 
 
 def rows_of(path):
