@@ -118,7 +118,7 @@ def log_ticks(
 def _time_axis(ax):
     "A logarithmic axis with round times."
     ax.set_xscale("log")
-    ax.set_xticks(log_ticks(*ax.get_xlim()))
+    ax.set_xticks(log_ticks(*ax.get_xlim(), most=5))
     ax.minorticks_off()
     ax.xaxis.set_major_formatter(lambda x, _: seconds(x))
 
