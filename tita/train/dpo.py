@@ -383,6 +383,12 @@ def _set_signature_columns_if_needed(self: TreeForward):
 
 # %% ../../nbs/train/52_dpo.ipynb #52d0a00c
 @patch
+def train(self: TreeForward, *args, **kwargs):
+    if self.args.gradient_checkpointing_kwargs:
+        self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
+    return super(TreeForward, self).train(*args, **kwargs)
+
+@patch
 def create_optimizer(self: TreeForward, model=None):
     optimizer = super(TreeForward, self).create_optimizer(model)
     if self.args.projector_lr is not None:
