@@ -19,7 +19,8 @@ from tita.decode.decoder import AlignedDecoder
 from tita.decode.engine import Row
 from tita.decode.hf import AlignedLogitsProcessor
 from tita.models import chat_prompt
-from tita.decode.speculation import Pace, SpeculativeEngine, expected_tokens
+from tita.decode.pace import Pace, expected_tokens
+from tita.decode.speculation import SpeculativeEngine
 
 # hidden, layers, heads, key-value heads, feed-forward; vocabularies as in LLaVA-1.5
 SHAPES = {"tiny": (64, 4, 4, 4, 160), "small": (256, 8, 4, 4, 640), "1.4b": (2048, 22, 32, 4, 5632), "3b": (2560, 32, 32, 32, 6912), "7b": (4096, 32, 32, 32, 11008), "13b": (5120, 40, 40, 40, 13824)}
@@ -113,7 +114,7 @@ def engine_run(dec, pairs, new: int, draft, by_lot: float | None, eos=None):
         n, start = e.n, now()
         e.step()
         if draft == 0 and dec.n_rewards and n and n == e.n:
-            Pace(dec.pace).note(n, 0, now() - start)
+            dec.pace.note(n, 0, now() - start)
     return e
 
 
@@ -152,8 +153,8 @@ def counted(engines: list) -> dict:
     total = lambda k: sum(getattr(e, k, 0) for e in engines)
     tokens = max(1, total("produced"))
     experts = [x for e in engines for x in e.experts]
-    out = dict(base_forwards_per_token=sum(e.experts[0].row_forwards for e in engines) / tokens, bytes_per_token=sum(x.forwards * weights(x) + x.read * cached(x) for x in experts) / tokens)
-    out["other_forwards_per_token"] = sum(x.row_forwards for x in experts) / tokens - out["base_forwards_per_token"]
+    out = dict(base_forwards_per_token=sum(e.experts[0].counts.row_forwards for e in engines) / tokens, bytes_per_token=sum(x.counts.forwards * weights(x) + x.counts.read * cached(x) for x in experts) / tokens)
+    out["other_forwards_per_token"] = sum(x.counts.row_forwards for x in experts) / tokens - out["base_forwards_per_token"]
     if total("drafted"):
         out["acceptance"] = total("accepted") / total("drafted")
     if total("answered"):
@@ -203,7 +204,7 @@ def case(dec, auto, alone, processor, scenes, batch: int, prompt: int, new: int,
     for r in rows.values():
         if args.bandwidth and "bytes_per_token" in r:
             r["floors"] = args.bandwidth / (r["bytes_per_token"] * r["tokens_per_s"])
-    predict(rows, Pace(dec.pace), batch, args.acceptance if args.acceptance is not None else dec.pace.get("rate", .7))
+    predict(rows, dec.pace, batch, args.acceptance if args.acceptance is not None else dec.pace.rate)
     return dict(batch=batch, prompt=prompt, new=new, rounds=rounds, ways=rows)
 
 
@@ -332,7 +333,7 @@ def main():
     dec = AlignedDecoder(base, reward, processor, ref if form == "ratio" else None, form=form, lam=args.lam, bound=args.bound or None)
     args.bandwidth = bandwidth(args) if args.shape else None
     auto = copy.copy(dec)
-    auto.pace = {}  # it knows what it has measured itself, as a user's does
+    auto.pace = Pace()  # it knows what it has measured itself, as a user's does
     result = dict(cases=[], **run_info(), form=form, args=vars(args), machine=dict(name=machine(args), load_before=load_now()))
     result["six_questions"] = six_questions(scenes, args)
     for batch, prompt, new in [(b, p, n) for b in args.batch for p in args.prompt for n in (args.new if p else [64])]:

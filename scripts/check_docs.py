@@ -3,11 +3,12 @@
 
     python scripts/check_docs.py PROC_DIR
 
-Quarto renders the site where there is Quarto (.github/workflows/docs.yaml). This finds, in seconds and anywhere, what would come
-out wrong there: fenced divs that are not closed, callouts of an unknown kind, links to pages and headings that do not exist,
-unresolved cross-references, pages that the sidebar lacks. Exit code 1 and a line for each problem.
+Quarto renders the site where there is Quarto (.github/workflows/docs.yaml). This finds, in seconds and anywhere, what
+would come out wrong there: fenced divs that are not closed, callouts of an unknown kind, links to pages and headings
+that do not exist, unresolved cross-references, pages that the sidebar lacks. It reads the notebooks themselves, too: a
+link must lead somewhere in the repository as well as on the site. Exit code 1 and a line for each problem.
 """
-import json, re, subprocess, sys
+import json, posixpath, re, subprocess, sys
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +16,8 @@ import pypandoc, yaml
 
 FROM = "markdown+autolink_bare_uris+emoji-latex_macros"  # Quarto's own reader is pandoc's markdown
 CALLOUTS = {f"callout-{k}" for k in ("note", "tip", "warning", "caution", "important")}
+CODE = re.compile(r"^(```|~~~).*?^\1|`[^`\n]*`", re.M | re.S)
+LINK = re.compile(r"\]\(([^)\s]+)[^)]*\)")
 CROSSREF = re.compile(r"(sec|fig|tbl|eq|lst|thm)-")
 
 def join(x):
@@ -74,8 +77,9 @@ def visit(
         page.problems.append(f"a stray {c!r}: the div around it is not closed or not opened")
     elif kind == "RawBlock" and c[0] == "html":
         page.ids.update(re.findall(r"\bid=[\"']([^\"']+)", c[1]))
-    if kind == "Div" and any(k.startswith("callout-") for k in c[0][1]) and not CALLOUTS & set(c[0][1]):
-        page.problems.append(f"an unknown callout {'.'.join(c[0][1])}")
+    classes = c[0][1] if kind == "Div" else []
+    if any(k.startswith("callout-") for k in classes) and not CALLOUTS & set(classes):
+        page.problems.append(f"an unknown callout {'.'.join(classes)}")
 
 def read_page(
     file: Path, # a processed .ipynb or .qmd
@@ -85,7 +89,8 @@ def read_page(
     page, text = Page(file.relative_to(root).as_posix()), file.read_text(encoding="utf-8")
     if file.suffix == ".ipynb":
         text = "\n\n".join(to_markdown(json.loads(text)))
-    run = subprocess.run([pypandoc.get_pandoc_path(), "-f", FROM, "-t", "json"], input=text, capture_output=True, text=True)
+    pandoc = [pypandoc.get_pandoc_path(), "-f", FROM, "-t", "json"]
+    run = subprocess.run(pandoc, input=text, capture_output=True, text=True)
     page.problems += [l for l in run.stderr.splitlines() if l.strip()]
     if run.returncode:
         page.problems.append(f"pandoc ended with {run.returncode}")
@@ -96,7 +101,8 @@ def read_page(
     named = tree["meta"].get("output-file", {}).get("c")
     if "title" not in tree["meta"]:
         page.problems.append("no title: begin the notebook with `# name` and `> one line`")
-    page.out = str(PurePosixPath(page.path).parent/(named[0]["c"] if named else PurePosixPath(page.path).with_suffix(".html").name))
+    path = PurePosixPath(page.path)
+    page.out = str(path.parent/(named[0]["c"] if named else path.with_suffix(".html").name))
     return page
 
 def resolve(
@@ -107,10 +113,8 @@ def resolve(
     "A link to the published site, from its root, or relative to the page."
     if link.startswith(site):
         link = "/" + link[len(site):].lstrip("/")
-    parts = []
-    for p in PurePosixPath(link.lstrip("/") if link.startswith("/") else PurePosixPath(here).parent/link).parts:
-        parts = parts[:-1] if p == ".." and parts else [*parts, p]
-    return "/".join(parts)
+    path = link.lstrip("/") if link.startswith("/") else posixpath.join(posixpath.dirname(here), link)
+    return posixpath.normpath(path) if path else ""
 
 def link_problems(
     page: Page, # its links are followed
@@ -133,8 +137,39 @@ def link_problems(
         if target in pages:
             if anchor and anchor not in pages[target].ids:
                 yield f"no anchor {link}"
+        elif target.startswith("../"):
+            yield f"{link} leaves the site; give the repository's address"
         elif not any((d/target).exists() for d in (root, source)):
             yield f"broken link {link}"
+
+def source_links(
+    notebook: Path, # as people wrote it
+):  # yields targets without their anchors
+    "Links in its text; code is not looked at."
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "markdown":
+            text = CODE.sub("", join(cell["source"]))
+            yield from (target.partition("#")[0] for target in LINK.findall(text))
+
+def source_problems(
+    source: Path, # the notebooks' folder
+    repository: str, # address under which the repository shows its files, with the branch
+):  # yields problems
+    "Links that are right on the site and lead nowhere for those who read the repository, and the other way round."
+    for notebook in sorted(source.rglob("*.ipynb")):
+        here = notebook.relative_to(source)
+        if any(p.startswith((".", "_")) for p in here.parts):
+            continue
+        for link in source_links(notebook):
+            if link.startswith(repository):
+                if not (source.parent/link.removeprefix(repository).lstrip("/")).exists():
+                    yield f"{here}: {link} is not in the repository"
+            elif not link or re.match(r"[a-z]+:", link):
+                continue
+            elif link.endswith(".html"):
+                yield f"{here}: {link} is a page of the site only; name its notebook"
+            elif not (notebook.parent/link).exists():
+                yield f"{here}: {link} is not in the repository"
 
 def sidebar_pages(
     entries: list, # of the sidebar's `contents`
@@ -158,7 +193,8 @@ def site_problems(
             yield f"_quarto.yml: {name} is missing"
     if not (root/"sidebar.yml").exists():
         return
-    listed = [*sidebar_pages(yaml.safe_load((root/"sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"])]
+    sidebar = yaml.safe_load((root/"sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]
+    listed = [*sidebar_pages(sidebar["contents"])]
     paths = {p.path for p in pages}
     yield from (f"sidebar.yml: {p} is no page" for p in sorted(set(listed) - paths))
     yield from (f"sidebar.yml lacks {p}; add it to nbs/sidebar.yml" for p in sorted(paths - set(listed)))
@@ -167,13 +203,18 @@ def site_problems(
 def check(
     root: Path, # PROC_DIR
 ) -> list: # all problems, a line each
-    files = [f for f in sorted([*root.rglob("*.ipynb"), *root.rglob("*.qmd")]) if not any(p.startswith(("_", ".")) for p in f.relative_to(root).parts)]
+    found = sorted([*root.rglob("*.ipynb"), *root.rglob("*.qmd")])
+    files = [f for f in found if not any(p.startswith(("_", ".")) for p in f.relative_to(root).parts)]
     pages = [read_page(f, root) for f in files]
     by_name = {n: p for p in pages for n in (p.path, p.out)}
-    site = yaml.safe_load((root/"nbdev.yml").read_text(encoding="utf-8"))["website"]["site-url"]
-    found = [f"{p.path}: {x}" for p in pages for x in [*p.problems, *link_problems(p, by_name, root, root.parent/"nbs", site)]]
+    website = yaml.safe_load((root/"nbdev.yml").read_text(encoding="utf-8"))["website"]
+    source, site = root.parent/"nbs", website["site-url"]
+    problems = [f"{p.path}: {x}" for p in pages for x in [*p.problems, *link_problems(p, by_name, root, source, site)]]
+    if "repo-url" in website:
+        problems += source_problems(source, f"{website['repo-url']}/blob/{website['repo-branch']}/")
+    problems += site_problems(pages, root)
     print(f"{len(pages)} pages, {sum(len(p.links) for p in pages)} links")
-    return found + [*site_problems(pages, root)] + ([] if pages else [f"no pages in {root}; run nbdev_proc_nbs first"])
+    return problems or ([] if pages else [f"no pages in {root}; run nbdev_proc_nbs first"])
 
 if __name__ == "__main__":
     found = check(Path(sys.argv[1]).resolve())

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write scripts/requirements.lock: the exact version of everything that settings.ini asks for (but the extras in `unlocked`), for every
+"""Write scripts/requirements.lock: the exact version of all that settings.ini asks for (but the extras in `unlocked`), for every
 Python we support.
 
     python scripts/lock.py [--upgrade]

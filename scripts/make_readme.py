@@ -3,13 +3,18 @@
 
     python scripts/make_readme.py [--check]
 
-nbdev_readme does this with Quarto; this needs nothing but the standard library, and the same notebook always gives the same
-file. Links and images are rewritten from nbs/ to the root. --check writes nothing and fails if README.md is another one.
+nbdev_readme does this with Quarto; this needs nothing but the standard library, and the same notebook always gives the
+same file. Links and images are rewritten from nbs/ to the root, links to the repository's own address as well. --check
+writes nothing and fails if README.md is another one.
 """
-import json, re, sys
-from pathlib import Path, PurePosixPath
+import json, posixpath, re, sys
+from configparser import ConfigParser
+from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
+settings = ConfigParser(delimiters=["="])
+settings.read(root/"settings.ini", encoding="utf-8")
+REPOSITORY = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}/"
 NOTE = "<!-- Made from nbs/index.ipynb by scripts/make_readme.py: edit the notebook. -->"
 DIRECTIVE = re.compile(r"^#\|[ \t]*([\w-]+):?[ \t]*(.*)\n?", re.M)
 FENCE = re.compile(r"(^ {0,3}(`{3,}|~{3,}).*?^ {0,3}\2[`~]*[ \t]*$)", re.M | re.S)
@@ -23,16 +28,12 @@ def join(
 def from_root(
     target: str, # as written in nbs/index.ipynb
 ) -> str: # the same place, seen from the root of the repository
-    "`../nbs/03_views.ipynb` is `nbs/03_views.ipynb`, `../results/a.png` is `results/a.png`; addresses and anchors stay."
+    "`03_views.ipynb` is `nbs/03_views.ipynb`, `../results/a.png` is `results/a.png`; other addresses and anchors stay."
+    if target.startswith(REPOSITORY):
+        return target.removeprefix(REPOSITORY)
     if re.match(r"([a-z][a-z0-9+.-]*:|#|/)", target):
         return target
-    parts = []
-    for p in (PurePosixPath("nbs")/target).parts:
-        if p == "..":
-            parts = parts[:-1]
-        else:
-            parts.append(p)
-    return "/".join(parts)
+    return posixpath.normpath(posixpath.join("/nbs", target)).lstrip("/")
 
 def markdown(
     text: str, # a markdown cell
@@ -51,7 +52,7 @@ def fenced(
 def outputs(
     cell: dict, # a code cell
 ):  # yields blocks of markdown
-    "Printed text and results. Images belong into results/, linked from a markdown cell: they would not survive as text."
+    "Printed text and results. Images belong into results/, linked from a markdown cell: they cannot be text."
     for o in cell.get("outputs", []):
         data = o.get("data", {})
         if o["output_type"] == "error":

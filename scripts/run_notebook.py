@@ -3,53 +3,89 @@
 
     python scripts/run_notebook.py nbs/runs/demo.ipynb runs/demo/demo.ipynb [-f FILE.yaml] [-p NAME VALUE] ...
 
-The executed copy is saved cell by cell, and what the notebook prints is shown while it runs. Exit codes: 0, 1 (the notebook
-failed), 2 (a mistake that the message names), 130 (interrupted), 138 (its process died).
+The executed copy is saved cell by cell, and what the notebook prints is shown while it runs. Parameters are checked
+first: their names, and that each is of its default's kind; a list is given as `-p lams "[0.5, 1]"`. Exit codes: 0,
+1 (the notebook failed), 2 (a mistake that the message names), 130 (interrupted), 138 (its process died).
 """
-import argparse, logging, os, sys, tempfile
-from contextlib import contextmanager
+import argparse, ast, json, logging, math, os, sys, tempfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MISTAKES = {"TitaError"}
 NO_SPACE = "No space left on device"
-CHATTER = ("Executing Cell", "Ending Cell", "Executing notebook with kernel", "Input Notebook", "Output Notebook",
-    "Task exception was never retrieved") # of a cell that Ctrl-C left, when its process was gone before the task was cancelled
+CHATTER = (
+    "Executing Cell", "Ending Cell", "Executing notebook with kernel", "Input Notebook", "Output Notebook",
+    "Task exception was never retrieved",  # of a cell that Ctrl-C left: its process was gone before it was cancelled
+)
 
-def value(
+def defaults(
+    notebook: str, # the notebook to run
+) -> dict: # parameter -> its default
+    "What the cell tagged `parameters` assigns."
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    body = [s for c in tagged for s in ast.parse("".join(c["source"])).body]
+    return {s.targets[0].id: ast.literal_eval(s.value) for s in body if isinstance(s, ast.Assign)}
+
+def literal(
     text: str, # as typed
-):  # a bool, None, an int, a float, or the text itself
-    "The value of a `-p NAME VALUE`, read as papermill's own command line reads it."
-    if text in (names := {"True": True, "False": False, "None": None}):
-        return names[text]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
+):  # the list, mapping or number meant; None if it is none
+    "Read JSON, or what Python prints."
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return read(text)
+
+def is_like(
+    value, # given for a parameter
+    default, # of it
+) -> bool:
+    "Is it of the default's kind? A whole number does for a fraction; a list's entries are of the first one's kind."
+    if isinstance(default, list):
+        return isinstance(value, list) and all(is_like(v, d) for v in value for d in default[:1])
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, type(default))
+
+def fitting(
+    name: str, # of the parameter
+    value, # from a file, or text from the command line
+    default, # of the parameter
+):  # the value in the default's kind
+    "Read what was given as the parameter's default is read. Raises ValueError with what it should be."
+    found = literal(value) if isinstance(value, str) and not isinstance(default, str) else value
+    if isinstance(default, bool) and isinstance(value, str):
+        found = {"true": True, "false": False}.get(value.lower())
+    if not is_like(found, default):
+        kind = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}.get(type(default))
+        kind = kind or f"a {type(default).__name__}"
+        raise ValueError(f"parameter {name} = {value!r}: it is {kind}, such as {default!r}")
+    return found
+
+def mapping(
+    file: str, # YAML
+) -> dict: # its content
+    import yaml
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except yaml.YAMLError as e:
+        raise ValueError(f"{file}: no YAML ({' '.join(str(e).split())})") from None
+    if not isinstance(found or {}, dict):
+        raise ValueError(f"{file}: a mapping of parameter names to values is needed")
+    return found or {}
 
 def parameters(
+    notebook: str, # the notebook to run
     files: list, # YAML files, each a mapping
     pairs: list, # (name, text) of each -p
 ) -> dict: # the parameters; a later one wins, and -p wins over a file
-    "What to put into the notebook's parameters cell."
-    import yaml
-    found = {}
-    for f in files:
-        rows = yaml.safe_load(Path(f).read_text(encoding="utf-8")) or {}
-        if not isinstance(rows, dict):
-            raise ValueError(f"{f}: a mapping of parameter names to values is needed")
-        found.update(rows)
-    return {**found, **{name: value(text) for name, text in pairs}}
-
-def check_names(
-    notebook: str, # the notebook to run
-    given: dict, # parameters for it
-):
-    "papermill only warns of a parameter that the notebook does not have; a mistyped name would run with the default."
-    import papermill
-    if unknown := sorted(set(given) - set(known := papermill.inspect_notebook(notebook))):
-        raise ValueError(f"{notebook} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
+    "What to put into the notebook's parameters cell, checked against it: no work is done before this has passed."
+    known = defaults(notebook)
+    given = {name: value for file in files for name, value in mapping(file).items()} | dict(pairs)
+    if unknown := sorted(set(given) - set(known), key=str):
+        raise ValueError(f"{notebook} has no parameter {', '.join(map(str, unknown))}; it has {', '.join(known)}")
+    return {name: fitting(name, value, known[name]) for name, value in given.items()}
 
 def explain(
     name: str, # class of the error in the notebook
@@ -59,12 +95,13 @@ def explain(
     if name in MISTAKES:
         return f"error: {value}", 2
     if NO_SPACE in value:
-        return f"error: the disk is full ({value}); make room and run the same command again, it goes on where it stopped", 2
+        cure = "make room and run the same command again, it goes on where it stopped"
+        return f"error: the disk is full ({value}); {cure}", 2
     return None, 1
 
 @contextmanager
 def kernel_stderr():
-    "What the notebook's process writes past Jupyter (a crash; its last breath after Ctrl-C) goes to the file that this yields."
+    "What the notebook's process writes past Jupyter (a crash, its last breath after Ctrl-C) goes to the yielded file."
     with tempfile.TemporaryFile("w+", errors="replace") as raw:
         ours, before = os.fdopen(os.dup(2), "w", buffering=1), sys.stderr
         os.dup2(raw.fileno(), 2)
@@ -93,8 +130,9 @@ def execute(
     logging.basicConfig(level="INFO", format="%(message)s")
     for name in ("papermill", "traitlets", "asyncio"):
         logging.getLogger(name).addFilter(lambda r: not r.getMessage().startswith(CHATTER))
-    papermill.execute_notebook(notebook, target, given, kernel_name="python3", log_output=True, progress_bar=True,
-                               config=Config(KernelManager={"transport_encryption": "auto"}))
+    transport = Config(KernelManager={"transport_encryption": "auto"})
+    papermill.execute_notebook(
+        notebook, target, given, kernel_name="python3", log_output=True, progress_bar=True, config=transport)
 
 def tell(
     text: str, # for the reader
@@ -110,21 +148,22 @@ def main(
     p = argparse.ArgumentParser(prog="run_notebook", description=__doc__.splitlines()[0])
     p.add_argument("notebook", help="the notebook to run")
     p.add_argument("target", help="where its executed copy goes")
-    p.add_argument("-p", "--parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter (repeatable)")
-    p.add_argument("-f", "--parameters_file", action="append", default=[], metavar="FILE", help="a YAML file of parameters (repeatable)")
+    more = dict(action="append", default=[])
+    p.add_argument("-p", "--parameters", nargs=2, metavar=("NAME", "VALUE"), help="a parameter (repeatable)", **more)
+    p.add_argument("-f", "--parameters_file", metavar="FILE", help="a YAML file of parameters (repeatable)", **more)
     a = p.parse_args(args)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1") # else the kernel warns about frozen modules
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillException, PapermillExecutionError
     try:
-        given = parameters(a.parameters_file, a.parameters)
-        check_names(a.notebook, given)
+        given = parameters(a.notebook, a.parameters_file, a.parameters)
         Path(a.target).parent.mkdir(parents=True, exist_ok=True)
         with kernel_stderr() as raw:
             try:
                 execute(a.notebook, a.target, given)
             except DeadKernelError:
-                return tell(f"{tail(raw)}error: the notebook's process died, most likely for want of memory\n(what ran up to there: {a.target})", 138)
+                died = f"{tail(raw)}error: the notebook's process died, most likely for want of memory"
+                return tell(f"{died}\n(what ran up to there: {a.target})", 138)
     except PapermillExecutionError as e:
         text, code = explain(e.ename, e.evalue)
         return tell(f"{text or e}\n(what ran up to there: {a.target})", code)

@@ -94,11 +94,11 @@ def beside(dec, pairs, n: int) -> float:
     e = dec.engine(n, draft=0)
     e.submit([Row(i, q, [im], dec._sampling(eos=(), max_new_tokens=48), 0) for i, (im, q) in enumerate(pairs[:n])])
     e.step()
-    before, start, steps = sum(x.seconds for x in e.experts), time.perf_counter(), 0
+    before, start, steps = sum(x.counts.seconds for x in e.experts), time.perf_counter(), 0
     while e.busy and steps < 40:
         e.step()
         steps += 1
-    return (time.perf_counter() - start - (sum(x.seconds for x in e.experts) - before)) / steps
+    return (time.perf_counter() - start - (sum(x.counts.seconds for x in e.experts) - before)) / steps
 
 
 def compare(found, tree_shapes, draft, verify, rest: float) -> list[dict]: # sorted, the fastest first

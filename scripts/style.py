@@ -4,7 +4,7 @@
     python scripts/style.py                    each place that breaks a rule
     python scripts/style.py nbs/decode         the same, below a folder
     python scripts/style.py --table [FOLDER]   the measures of the package, of this checkout or of another one
-    python scripts/style.py --debt             write tests/style_debt.json anew: how often each file still breaks each rule
+    python scripts/style.py --debt             write tests/style_debt.json: how often each file still breaks each rule
 """
 import argparse
 import ast
@@ -17,7 +17,10 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS, CELL, RUN, NAMES = 120, 25, 3, 3
+COLUMNS = 120
+CELL = 25   # lines of an exported cell
+RUN = 3     # exported cells in a row without an example
+NAMES = 3   # that one assignment fills
 EXPORT = re.compile(r"#\|\s*exports?i?\b")
 
 
@@ -98,7 +101,8 @@ def bare_runs(path: Path):
     return found
 
 
-RULES = dict(long_lines=long_lines, crowded_lines=crowded_lines, wide_assignments=wide_assignments, long_cells=long_cells)
+RULES = dict(
+    long_lines=long_lines, crowded_lines=crowded_lines, wide_assignments=wide_assignments, long_cells=long_cells)
 
 
 def broken(path: Path) -> dict[str, list[str]]: # rule -> places
@@ -128,6 +132,7 @@ def measures(root: Path) -> dict[str, float]:
     nodes = [n for c in codes for n in ast.walk(c.tree) if not isinstance(n, ast.expr_context)]
     functions = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
     semicolons = sum(has_semicolon(c) for c in codes)
+    assigned = [sum(map(names_of, n.targets)) for n in nodes if isinstance(n, ast.Assign)]
     notebooks = [p for p in sources(root, "nbs") if any("default_exp" in "".join(c["source"]) for c in cells(p))]
     exported = [len(c.written) for p in notebooks for c in read(p) if c.exported]
     prose = sum(len("".join(c["source"]).split()) for p in notebooks for c in cells(p) if c["cell_type"] == "markdown")
@@ -143,7 +148,7 @@ def measures(root: Path) -> dict[str, float]:
         "syntax nodes a line": len(nodes) / len(lines),
         "syntax nodes a function, median": statistics.median(sum(1 for _ in ast.walk(f)) for f in functions),
         "`x if y else z`, per 1,000 lines": sum(isinstance(n, ast.IfExp) for n in nodes) / kilo,
-        "assignments to 5 or more names": sum(isinstance(n, ast.Assign) and sum(map(names_of, n.targets)) > 4 for n in nodes),
+        "assignments to 5 or more names": sum(n > 4 for n in assigned),
         "prose words an exported line": prose / sum(exported),
         "longest run of exported cells without an example": longest_run(notebooks),
     }
@@ -155,13 +160,14 @@ def has_semicolon(code: Code) -> int: # lines
 
 
 def longest_run(notebooks: list[Path]) -> int:
-    runs = [int(m[1]) for p in notebooks for line in bare_runs(p) if (m := re.search(r"exported cell (\d+) in a row", line))]
-    return max(runs, default=RUN)
+    found = "\n".join(line for p in notebooks for line in bare_runs(p))
+    return max(map(int, re.findall(r"exported cell (\d+) in a row", found)), default=RUN)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("below", nargs="?", default="", help="look only at paths that begin so; with --table another checkout")
+    below = "look only at paths that begin so; with --table another checkout"
+    parser.add_argument("below", nargs="?", default="", help=below)
     parser.add_argument("--table", action="store_true", help="print the measures")
     parser.add_argument("--debt", action="store_true", help="write tests/style_debt.json")
     args = parser.parse_args()

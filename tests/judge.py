@@ -1,9 +1,10 @@
-"""A stand-in judge as a process of its own: scores answers, and behaves badly while doing so. Loopback only, stops by itself.
+"""A stand-in judge as a process of its own: scores answers, and behaves badly while doing so. Loopback only.
 
     python tests/judge.py BAD
 
 BAD is the share of requests that go wrong: malformed JSON, refusals, 429, 500, dropped connections, in turn. Prints its
-address. A question with the word "forbidden" is always refused. Asked for no scores, it answers with a word that depends on the image.
+address. A question with the word "forbidden" is always refused. Asked for no scores, it answers with a word that depends
+on the image.
 Ends when its standard input closes (so never after the process that started it).
 """
 import base64, contextlib, hashlib, json, random, re, subprocess, sys, threading
@@ -28,12 +29,20 @@ class Judge(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def say(self, content, refusal=None):
-        self.send(200, {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content, "refusal": refusal}}]})
+        message = {"role": "assistant", "content": content, "refusal": refusal}
+        self.send(200, {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]})
+
+    def asked(self):
+        "The text of the first message, and the bytes of its pictures."
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        content = body["messages"][0]["content"]
+        if isinstance(content, str):
+            return content, []
+        *pictures, text = content
+        return text["text"], [base64.b64decode(p["image_url"]["url"].split(",")[1]) for p in pictures]
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        *pictures, text = body["messages"][0]["content"]
-        text = text["text"]
+        text, pictures = self.asked()
         mood = self.rng.choice(BAD) if self.rng.random() < self.bad else "good"
         if "forbidden" in text:
             return self.say(None, "I would rather not.")
@@ -46,13 +55,17 @@ class Judge(BaseHTTPRequestHandler):
             return self.send(500, {"error": {"message": "overloaded"}})
         if mood == "refusal":
             return self.say(None, "I would rather not.")
-        seen = hashlib.sha256(b"".join(base64.b64decode(p["image_url"]["url"].split(",")[1]) for p in pictures) + text.encode()).digest()[0]
+        seen = hashlib.sha256(b"".join(pictures) + text.encode()).digest()[0]
         if "Score each" not in text:
             return self.say("I cannot see the image" if mood != "good" else ("yes", "no")[seen % 2])
-        shown = re.findall(r"^Answer \d+:\n(.*)$", text, re.M)
         assert pictures, "a judge has to see the image"
-        scores = {"scores": [{"answer": i, **{a: 7 if mood == "schema" else len(said) % 5 for a in ATTRIBUTES}} for i, said in enumerate(shown, 1)]}
-        self.say(json.dumps(scores)[:-3 if mood == "malformed" else None])
+        scores = json.dumps({"scores": list(self.scores(text, 7 if mood == "schema" else None))})
+        self.say(scores[:-3] if mood == "malformed" else scores)
+
+    def scores(self, text, wrong=None):
+        "A score for each answer that is shown, by its length."
+        for i, said in enumerate(re.findall(r"^Answer \d+:\n(.*)$", text, re.M), 1):
+            yield {"answer": i} | dict.fromkeys(ATTRIBUTES, len(said) % 5 if wrong is None else wrong)
 
 
 @contextlib.contextmanager

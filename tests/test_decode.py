@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
+from tita.data.answers import answer_key, generate_answers, plan_answers
 from tita.decode import engine
 from tita.views import diffusion_noise
 from tita.decode.decoder import AlignedDecoder
@@ -302,6 +303,39 @@ def test_bfloat16(capsys):
     with capsys.disabled():
         print(f"\nbfloat16: {sum(same)} of {len(same)} answers equal with and without draft")
     assert sum(same) >= .8 * len(same)
+
+
+# A stream of questions: the answers of preference data.
+
+VIEWS = "clean", "diffusion-800", "moco", "none"
+
+
+def test_answers_are_those_of_data_generation():
+    "Every view of every picture, with the seeds of `tita.data.answers`: the same greedy answers, and each picture and view looked at once."
+    scenes = {f"{i}.png": s for i, s in enumerate(make_scenes(4, seed=6))}
+    images = {name: s.image for name, s in scenes.items()}
+    asked = [dict(question_id=f"{name} {i}", image=name, text=q.text) for name, s in scenes.items() for i, q in enumerate(s.questions[:5])]
+    want = {answer_key(r): r["answer"] for r in generate_answers(BASE, PROCESSOR, asked, images, VIEWS, max_new_tokens=12, seed=4)}
+    looks, d = [], AlignedDecoder(BASE, processor=PROCESSOR, slots=7)
+    hook = BASE.model.vision_tower.register_forward_hook(lambda module, args, output: looks.append(len(output[0])))
+    got = list(d.answers(plan_answers(asked, VIEWS), images, seed=4, max_new_tokens=12))
+    hook.remove()
+    assert {answer_key(o.question): o.text for o in got} == want and len(got) == len(want) == 80
+    assert sum(looks) == len(images) * 3 and len({*want.values()}) > 10
+
+
+def test_answers_read_a_file_as_they_go():
+    "A file of any length: rows are read as they are needed, and one that cannot be read is an answer with an error."
+    image, read = make_scenes(1)[0].image, []
+    def rows():
+        for i in range(300):
+            read.append(i)
+            yield dict(question_id=i, image=image if i % 100 else "gone.png", text="Is there a ball?")
+    ahead = []
+    for n, o in enumerate(AlignedDecoder(BASE, processor=PROCESSOR, slots=4).answers(rows(), window=16, max_new_tokens=2), 1):
+        assert (o.error is not None) == (o.question["question_id"] % 100 == 0)
+        ahead.append(len(read) - n)
+    assert n == 300 and max(ahead) <= 16 + 4 * 4
 
 
 # The command line.

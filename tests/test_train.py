@@ -298,7 +298,7 @@ def test_attention_is_measured_once_and_kept_in_the_metrics(folder):
     from tita.train.recipes import main, parse
     out = folder / "measured"
     main(flags(folder, "measured", "--max_steps", "1", "--measure_attention", "true"))
-    assert 0 < json.loads((out / "metrics.json").read_text())["attention_seconds"]["sdpa"] < 1
+    assert json.loads((out / "metrics.json").read_text())["attention_seconds"]["sdpa"] > 0
     asked, named = ("--measure_attention", "true"), ("--attn_implementation", "sdpa")
     for more, wanted in (((), torch.cuda.is_available()), (asked, True), (asked + named, False)):
         assert parse("dpo", [str(a) for a in flags(folder, "named", *more)[1:]])[1].measure_attention == wanted

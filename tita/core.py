@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'TitaError', 'cli', 'progress', 'stable_hash', 'seed_for', 'set_seed', 'write_text', 'write_json',
-           'iter_jsonl', 'read_jsonl', 'JsonlWriter', 'image_path', 'open_image', 'prepare_output', 'run_info']
+           'iter_jsonl', 'read_jsonl', 'JsonlWriter', 'image_path', 'open_image', 'data_url', 'prepare_output',
+           'run_info', 'shipped']
 
 # %% ../nbs/00_core.ipynb #b51c0115
-import contextlib, errno, functools, hashlib, importlib.metadata, json, os, platform, random, re, subprocess, sys, tempfile, time
+import contextlib, errno, functools, hashlib, importlib.metadata, importlib.util, json, os
+import platform, random, re, subprocess, sys, tempfile, time
 from pathlib import Path
 from fastcore.basics import patch
 from tqdm import tqdm
@@ -26,7 +28,8 @@ def _explain(e: BaseException) -> tuple[str, int] | None:
     if isinstance(e, BrokenPipeError):
         return "", 141
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"error: no space left on the disk while writing {e.filename or 'a file'}; free some and run the same command again to resume", 2
+        place = f"no space left on the disk while writing {e.filename or 'a file'}"
+        return f"error: {place}; free some and run the same command again to resume", 2
     if isinstance(e, PermissionError):
         return f"error: no permission for {e.filename}; choose another folder or change its rights", 2
 
@@ -175,35 +178,11 @@ class JsonlWriter:
         self._key = key if callable(key) or key is None else lambda row: row[key]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab+")
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
             self._lock()
             self._recover()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def _lock(self):
-        try:
-            import fcntl
-        except ImportError:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise TitaError(f"{self.path}: another process is writing to it; wait for it or choose another file") from None
-
-    def _recover(self):
-        "Cut a torn last line off, and collect the keys of the rows that are there."
-        self._file.seek(0)
-        good = 0
-        for raw in self._file:
-            if not raw.endswith(b"\n"):
-                break
-            good += len(raw)
-        self._file.truncate(good)
-        self._file.seek(good)
-        for _, row in iter_jsonl(self.path):
-            self._count(row)
+            undo.pop_all()
 
     def _count(self, row):
         self.rows += 1
@@ -216,6 +195,30 @@ class JsonlWriter:
         return self
     def __exit__(self, *exc):
         self.close()
+
+# %% ../nbs/00_core.ipynb #7c50d1b2
+@patch
+def _lock(self: JsonlWriter):
+    "Nobody else writes to this file. Raises `TitaError` if somebody does; without locks (Windows) nobody is told."
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        why = "another process is writing to it; wait for it or choose another file"
+        raise TitaError(f"{self.path}: {why}") from None
+
+@patch
+def _recover(self: JsonlWriter):
+    "Cut a torn last line off, and collect the keys of the rows that are there."
+    self._file.seek(0)
+    whole = sum(len(line) for line in self._file if line.endswith(b"\n"))  # bytes
+    self._file.truncate(whole)
+    self._file.seek(whole)
+    for _, row in iter_jsonl(self.path):
+        self._count(row)
 
 # %% ../nbs/00_core.ipynb #9c41d2f3
 @patch
@@ -247,6 +250,13 @@ def write(self: JsonlWriter, row):
 # %% ../nbs/00_core.ipynb #58388bba
 IMAGE_SUFFIXES = ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".JPG", ".JPEG", ".PNG"
 
+def _spellings(path: Path):
+    "The file itself, then the same with a suffix added, then with another suffix."
+    yield path
+    yield from (path.with_name(path.name + s) for s in IMAGE_SUFFIXES)
+    if path.suffix:
+        yield from (path.with_suffix(s) for s in IMAGE_SUFFIXES)
+
 def image_path(
     root: str | Path, # the image folder
     name: str, # path of the image relative to it
@@ -257,13 +267,12 @@ def image_path(
         raise TitaError(f"image name {name!r} is not a path relative to {root}; name a file in it")
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise TitaError(f"image {name!r} leaves its folder {root}; use a path relative to it without '..'")
-    path = root/name
-    for cand in (path, *(path.with_name(path.name + s) for s in IMAGE_SUFFIXES), *(path.with_suffix(s) for s in IMAGE_SUFFIXES if path.suffix)):
-        if cand.is_file():
-            if not cand.resolve().is_relative_to(root.resolve()):
-                raise TitaError(f"image {name!r} is a link that leaves its folder {root}; copy the file into it")
-            return cand
-    raise TitaError(f"image {name!r} is not in {root}; " + ("check the name" if root.is_dir() else "there is no such folder"))
+    for path in filter(Path.is_file, _spellings(root/name)):
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise TitaError(f"image {name!r} is a link that leaves its folder {root}; copy the file into it")
+        return path
+    cure = "check the name" if root.is_dir() else "there is no such folder"
+    raise TitaError(f"image {name!r} is not in {root}; {cure}")
 
 # %% ../nbs/00_core.ipynb #eecb42d8
 def _to_rgb(im):
@@ -302,6 +311,20 @@ def open_image(
             raise
         raise TitaError(f"{name}: the image is damaged ({e}); replace the file") from None
 
+# %% ../nbs/00_core.ipynb #5d7a40e2
+def data_url(
+    image, # a Pillow image, or the bytes of a file
+    media: str = "image/png", # its media type
+    **options, # of Pillow's `save`
+) -> str: # data:image/png;base64,...
+    "An image as the text that stands for it in a request or a page."
+    import base64, io
+    if not isinstance(image, bytes):
+        out = io.BytesIO()
+        image.save(out, media.partition("/")[2], **options)
+        image = out.getvalue()
+    return f"data:{media};base64,{base64.b64encode(image).decode()}"
+
 # %% ../nbs/00_core.ipynb #408f2993
 def prepare_output(
     path: str | Path, # the run's folder
@@ -317,23 +340,45 @@ def prepare_output(
         raise TitaError(f"{path}: is a file; name a folder")
     if path.is_dir() and any(path.iterdir()) and not resume:
         if not overwrite:
-            raise TitaError(f"{path}: the folder is not empty; resume it (--resume), replace it (--overwrite) or name another")
+            cure = "resume it (--resume), replace it (--overwrite) or name another"
+            raise TitaError(f"{path}: the folder is not empty; {cure}")
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 # %% ../nbs/00_core.ipynb #27d7bad7
+def _home() -> Path:
+    "The package's folder."
+    return Path(importlib.util.find_spec("tita").origin).parent
+
 def _git(*args) -> str | None:
+    "What git says about the package's repository; None where there is none."
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(["git", *args], cwd=Path(globals().get("__file__", "core")).parent, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+        run = subprocess.run(["git", *args], cwd=_home(), capture_output=True, text=True, check=True, timeout=5)
+        return run.stdout.strip()
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
 
 def run_info(
-    packages=("torch", "transformers", "trl", "deepspeed", "peft", "datasets", "numpy", "pillow"), # whose versions are told
+    packages="torch transformers trl deepspeed peft datasets numpy pillow".split(), # whose versions are told
 ) -> dict: # commit, versions, machine, time (UTC)
     "What made a run: enough to repeat it, nothing that tells who ran it or where."
-    versions = {}
-    for p in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[p] = importlib.metadata.version(p)
-    return dict(commit=_git("rev-parse", "HEAD"), changed=bool(_git("status", "--porcelain", "--untracked-files=no")), python=platform.python_version(),
-        versions=versions, system=f"{platform.system()} {platform.machine()}", cpus=os.cpu_count(), time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    code = dict(commit=_git("rev-parse", "HEAD"), changed=bool(_git("status", "--porcelain", "--untracked-files=no")))
+    versions = {p: v for p in packages if (v := _version(p))}
+    machine = dict(system=f"{platform.system()} {platform.machine()}", cpus=os.cpu_count())
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return code | dict(python=platform.python_version(), versions=versions) | machine | dict(time=now)
+
+# %% ../nbs/00_core.ipynb #e47a91c8
+def shipped(
+    name: str, # path relative to the repository's `data`
+) -> Path: # in the installed package, or in the repository that the package is imported from
+    "Find a file or folder that comes with the package. Raises `TitaError` if this installation has lost it."
+    homes = _home()/"_shipped", _home().parent/"data"
+    for found in (home/name for home in homes):
+        if found.exists():
+            return found
+    cure = "install tita again, or restore the repository's `data`"
+    raise TitaError(f"data/{name} is in neither {homes[0]} nor {homes[1]}; {cure}")

@@ -57,10 +57,11 @@ def _object(path, place, item, bad):
     "Nothing but objects are rows."
     if isinstance(item, dict):
         yield place, item
-    elif bad is None:
-        raise TitaError(f"{path}:{place} is of type {type(item).__name__}, not an object; mend the file")
-    else:
-        bad(place, json.dumps(item)[:200], f"a row is a JSON object, this is a {type(item).__name__}")
+        return
+    why = f"record {place.record} is of type {type(item).__name__}, not an object; mend the file"
+    if bad is None:
+        raise TitaError(f"{path}:{int(place)}: {why}")
+    bad(Line(place), str(item)[:200], why)
 
 def _finish(parser, path, place, number):
     "Raise `TitaError` for an array without an end or without a record."
@@ -150,7 +151,8 @@ def iter_records(
     if start.startswith(b"["):
         yield from iter_array(path, bad)
     else:
-        yield from ((Line(n), row) for n, row in iter_jsonl(path, bad=bad))
+        told = bad and (lambda n, *more: bad(Line(n), *more))
+        yield from ((Line(n), row) for n, row in iter_jsonl(path, bad=told))
 
 # %% ../nbs/04_rows.ipynb #6b7e1c17
 def check_values(

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Secret', 'redact', 'Price', 'Endpoint', 'check_url', 'read_providers', 'default_providers', 'load_providers',
-           'find_endpoint', 'any_endpoint']
+           'given_key', 'find_endpoint', 'any_endpoint', 'provider_table']
 
 # %% ../../nbs/api/30_endpoints.ipynb #7204e20c
 import difflib, os, re, tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
-from ..core import TitaError
+from ..core import TitaError, shipped
 
 # %% ../../nbs/api/30_endpoints.ipynb #57c4e26a
 class Secret:
@@ -22,7 +22,8 @@ class Secret:
     ):
         value = value.strip()
         if not re.fullmatch(r"[\x21-\x7e]+", value):
-            raise TitaError(f"the key in {source or 'the argument'} is empty or holds a blank or a character that no HTTP header can carry; copy it again")
+            wrong = "is empty or holds a blank or a character that no HTTP header can carry"
+            raise TitaError(f"the key in {source or 'the argument'} {wrong}; copy it again")
         self._value, self.source = value, source
 
     def reveal(self) -> str:
@@ -73,10 +74,12 @@ class Endpoint:
     concurrency: int | None = None # most requests at once
     max_side: int | None = None # longest side of an image worth sending, in pixels
     note: str = "" # shown when it is chosen
+    key_env: str = "" # the variable that holds the key, for messages
 
     def public(self) -> dict:
         "What may be written beside the results."
-        return dict(name=self.name, model=self.model, base_url=self.base_url, provider=self.provider, price=vars(self.price) if self.price else None)
+        shown = {k: getattr(self, k) for k in ("name", "model", "base_url", "provider")}
+        return shown | {"price": vars(self.price) if self.price else None}
 
 # %% ../../nbs/api/30_endpoints.ipynb #42b39f7f
 def check_url(
@@ -92,8 +95,8 @@ def check_url(
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise TitaError(f"{where}: {url!r} is no address; write it as http://HOST:PORT/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise TitaError(f"{where}: the address of {parts.hostname} holds a user, a password or a query, which reports would show; "
-            "put the key into an environment variable")
+        holds = f"the address of {parts.hostname} holds a user, a password or a query, which reports would show"
+        raise TitaError(f"{where}: {holds}; put the key into an environment variable")
     return str(url).rstrip("/")
 
 # %% ../../nbs/api/30_endpoints.ipynb #31a7f627
@@ -135,15 +138,15 @@ def read_providers(
 
 # %% ../../nbs/api/30_endpoints.ipynb #b5806332
 def default_providers() -> Path:
-    "The file that comes with the project: data/providers.toml beside the package."
-    return Path(globals().get("__file__", "../../tita/api/endpoints.py")).resolve().parent.parent.parent/"data"/"providers.toml"
+    "The file that comes with the package."
+    return shipped("providers.toml")
 
 def load_providers(
     *files, # of your own; later ones win
     default: bool = True, # start from the project's file and the one in TITA_PROVIDERS
 ) -> dict: # tables "providers", "models" and "aliases"
     "Lay provider files over each other, entry by entry."
-    first = [f for f in (default_providers(), os.environ.get("TITA_PROVIDERS")) if f and (f != default_providers() or f.is_file())] if default else []
+    first = [f for f in (default_providers(), os.environ.get("TITA_PROVIDERS")) if f] if default else []
     merged = dict(providers={}, models={}, aliases={})
     for path in (*first, *files):
         for kind, table in read_providers(path).items():
@@ -160,17 +163,27 @@ def _find(name, known) -> dict:
         return known["models"][alias]
     if colon and model and provider in known["providers"]:
         return dict(provider=provider, id=model)
-    names = [*known["models"], *known["aliases"]]
-    close = difflib.get_close_matches(name, names, 1)
-    raise TitaError(f"no model {name!r}" + (f" (did you mean {close[0]!r}?)" if close else "") + f"; known are {', '.join(sorted(names)) or 'none'}, "
-        f"or PROVIDER:ID with {', '.join(known['providers']) or 'no provider'}, or any server with --base-url URL --model ID")
+    names = sorted([*known["models"], *known["aliases"]])
+    meant = "".join(f" (did you mean {n!r}?)" for n in difflib.get_close_matches(name, names, 1))
+    others = f"PROVIDER:ID with {', '.join(known['providers']) or 'no provider'}, or any server with --base-url URL --model ID"
+    raise TitaError(f"no model {name!r}{meant}; known are {', '.join(names) or 'none'}, or {others}")
 
 # %% ../../nbs/api/30_endpoints.ipynb #995e9bcb
-def _key(entry, name, api_key, key_env, env) -> Secret | None:
-    "The key that was given, or the one in the variable that the file names."
-    if api_key:
-        return Secret(api_key, "--api-key")
-    variable = key_env or entry.get("key_env")
+def given_key(
+    value: str, # what follows --api-key
+    variable: str | None = None, # the one that the provider file names
+) -> Secret:
+    "The key of the command line. Raises `TitaError` where a variable of the shell was not set."
+    if not value.strip() or value.startswith("-"):
+        other = f"export {variable}=..., which is read by itself" if variable else "name the variable with --key-env"
+        raise TitaError("--api-key is followed by no key, so the variable that it comes from, such as $KEY, is not set; "
+            f"export KEY=... and run again, or leave --api-key out and {other}")
+    return Secret(value, "--api-key")
+
+def _key(name: str, api_key: str | None, variable: str | None, env) -> Secret | None:
+    "The key that was given, or the one in the variable."
+    if api_key is not None:
+        return given_key(api_key, variable)
     if not variable:
         return None
     if not env.get(variable, "").strip():
@@ -187,17 +200,24 @@ def find_endpoint(
 ) -> Endpoint:
     "Look a model up, with its address, key and price. Raises `TitaError` for an unknown name or a missing key."
     known = load_providers() if known is None else known
-    entry = _find(name, known)
-    for k in ("provider", "id"):
-        if k not in entry:
-            raise TitaError(f"models.{name}: {k} missing in the provider file; add it")
-    if (provider := known["providers"].get(entry["provider"])) is None:
-        raise TitaError(f"models.{name}: no provider {entry['provider']!r}; known are {', '.join(known['providers'])}")
+    model = _find(name, known)
+    if lacking := [k for k in ("provider", "id") if k not in model]:
+        raise TitaError(f"models.{name}: {lacking[0]} missing in the provider file; add it")
+    who = model["provider"]
+    if who not in known["providers"]:
+        raise TitaError(f"models.{name}: no provider {who!r}; known are {', '.join(known['providers'])}")
+    return _endpoint(known["aliases"].get(name, name), model, known["providers"][who], api_key, key_env, env)
+
+def _endpoint(name: str, model: dict, provider: dict, api_key, key_env, env) -> Endpoint:
+    "The endpoint that two entries describe."
     if "base_url" not in provider:
-        raise TitaError(f"providers.{entry['provider']}: base_url missing in the provider file; add it")
-    return Endpoint(known["aliases"].get(name, name), entry["id"], check_url(provider["base_url"], f"providers.{entry['provider']}"),
-        _key(provider, name, api_key, key_env, env), entry["provider"], Price(**entry["price"]) if "price" in entry else None,
-        provider.get("requests_per_minute"), provider.get("concurrency"), entry.get("max_side"), entry.get("note", ""))
+        raise TitaError(f"providers.{model['provider']}: base_url missing in the provider file; add it")
+    url = check_url(provider["base_url"], f"providers.{model['provider']}")
+    variable = key_env or provider.get("key_env")
+    limits = {k: entry[k] for entry in (provider, model) for k in ("requests_per_minute", "concurrency", "max_side", "note") if k in entry}
+    price = Price(**model["price"]) if "price" in model else None
+    key = _key(name, api_key, variable, env)
+    return Endpoint(name, model["id"], url, key, model["provider"], price, key_env=variable or "", **limits)
 
 # %% ../../nbs/api/30_endpoints.ipynb #49c65a98
 def any_endpoint(
@@ -206,6 +226,32 @@ def any_endpoint(
     api_key: str | None = None, # the key itself
     key_env: str | None = None, # the variable that holds it
     env=os.environ, # where variables are looked up
+    needs_key: bool = True, # is it an error if the variable is not set?
+    **limits, # requests_per_minute, concurrency, max_side
 ) -> Endpoint:
     "An endpoint that no provider file knows: vLLM, SGLang, Ollama, tita-serve."
-    return Endpoint(model, model, check_url(base_url), _key({}, model, api_key, key_env, env))
+    url = check_url(base_url)
+    optional = not needs_key and not env.get(key_env or "", "").strip()
+    key = _key(model, api_key, None if optional else key_env, env)
+    return Endpoint(model, model, url, key, key_env=key_env or "", **limits)
+
+# %% ../../nbs/api/30_endpoints.ipynb #d582632a
+def _table_row(known: dict, name: str, model: dict, env) -> dict:
+    "What is known about one model."
+    provider = known["providers"].get(model.get("provider"), {})
+    variable, price = provider.get("key_env", ""), model.get("price", {})
+    names = [name, *(alias for alias, of in known["aliases"].items() if of == name)]
+    key = f"${variable} ({'set' if env.get(variable, '').strip() else 'not set'})" if variable else "none needed"
+    prices = {k: price.get(k) for k in ("input", "output", "currency", "date")}
+    return dict(model=", ".join(names), provider=model.get("provider", ""), id=model.get("id", "")) | prices | dict(
+        key=key, base_url=provider.get("base_url", ""), note=model.get("note", ""))
+
+def provider_table(
+    known: dict | None = None, # from `load_providers`; None: the default files
+    env=os.environ, # where keys are looked up
+) -> list[dict]: # model, provider, id, input, output, currency, date (of the price per million tokens), key, base_url, note
+    "Providers, models and prices, a row each."
+    known = load_providers() if known is None else known
+    bare = set(known["providers"]) - {m.get("provider") for m in known["models"].values()}
+    models = known["models"] | {f"{p}:ID": dict(provider=p, id="any that it serves") for p in known["providers"] if p in bare}
+    return [_table_row(known, name, model, env) for name, model in models.items()]

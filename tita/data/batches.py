@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..core import TitaError, open_image
+from ..models import prompt_ids
 from ..views import View
 from ..rows import find_image
 
@@ -121,12 +122,9 @@ def tokenize_prompts(
 ) -> dict: # input_ids and attention_mask, (B, T), padded on the left
     "Tokenize prompts in one call, with room for the image features."
     texts = [p if e is None else p.replace(processor.image_token, processor.replace_image_token(e, image_idx=0), 1) for p, e in zip(prompts, encoded)]
-    tok = processor.tokenizer
-    bos = tok.bos_token
-    unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    rows = [unique[text] for text in texts]
-    out = tok(list(unique), padding=True, padding_side="left", return_tensors="pt", add_special_tokens=not (bos and texts[0].startswith(bos)))
-    return {k: out[k][rows] for k in ("input_ids", "attention_mask")}
+    ids = {"input_ids": prompt_ids(processor, texts)}
+    out = processor.tokenizer.pad(ids, padding_side="left", return_tensors="pt")
+    return {k: out[k] for k in ("input_ids", "attention_mask")}
 
 # %% ../../nbs/data/41_batches.ipynb #a926e1d5
 def answer_lengths(model, out: Tensor) -> list[int]:

@@ -116,7 +116,7 @@ def build_engine(
     device: str | None = None, dtype: str = "auto", # of a model in this process
 ): # an engine of `tita.data.answers` or `tita.data.answerers`
     "Whoever answers. Raises `TitaError` for options that do not fit."
-    from tita.data.answerers import Endpoint, EndpointEngine, RayEngine
+    from tita.data.answerers import EndpointEngine, RayEngine, server_endpoint
     from tita.data.answers import LocalEngine
     if engine not in ENGINES:
         raise TitaError(f"engine {engine!r} is none of {', '.join(ENGINES)}")
@@ -125,7 +125,7 @@ def build_engine(
     if engine != "openai" and base_url:
         raise TitaError(f"--base-url is for engine openai, not {engine}; give --engine openai or leave it out")
     if engine == "openai":
-        return EndpointEngine(Endpoint(base_url, model, key_env, concurrency), images, names, **settings)
+        return EndpointEngine(server_endpoint(base_url, model, key_env, concurrency), images, names, **settings)
     if engine == "ray":
         return RayEngine(model_folder(model), str(images), names, settings | {"batch_size": batch_size, "model_name": short_name(model)}, actors, gpus)
     from tita.models import load_processor, load_vlm
@@ -235,9 +235,9 @@ def annotate_command(
     from tita.data.judged import JUDGE, JudgeEngine, annotation_tasks
     from tita.core import stable_hash
     from tita.data.answers import run_engine
-    from tita.data.answerers import Endpoint
+    from tita.data.answerers import server_endpoint
     tasks = annotation_tasks(load_answers(answers))
-    judge = JudgeEngine(Endpoint(base_url, model, key_env, concurrency, retries=retries), images, seed, pause=pause)
+    judge = JudgeEngine(server_endpoint(base_url, model, key_env, concurrency), images, seed=seed, retries=retries, pause=pause)
     finish(run_engine(judge, tasks, out, {"judge": model, "seed": seed, "prompt": stable_hash(JUDGE)}), out)
 
 # %% ../../nbs/data/46_data_cli.ipynb #554832fb
@@ -253,11 +253,11 @@ def fuse_with_server(
     "Fuse answers through an API; what failed is missing and stands in the errors file."
     from tita.core import stable_hash
     from tita.data.answers import run_engine
-    from tita.data.answerers import Endpoint
+    from tita.data.answerers import server_endpoint
     from tita.data.pairs import FUSE, FusionEngine, fusion_tasks
     if not (base_url and model):
         raise TitaError("method fused needs --base-url and --model")
-    count = run_engine(FusionEngine(Endpoint(base_url, model, key_env, concurrency), images), fusion_tasks(answers, views), out, {"model": model, "views": list(views), "prompt": stable_hash(FUSE)})
+    count = run_engine(FusionEngine(server_endpoint(base_url, model, key_env, concurrency), images), fusion_tasks(answers, views), out, {"model": model, "views": list(views), "prompt": stable_hash(FUSE)})
     if count["failed"]:
         print(f"{count['failed']} questions could not be fused: {out.with_suffix('')}.errors.jsonl; the same command again tries them again", file=sys.stderr)
     return read_jsonl(out), count["failed"]

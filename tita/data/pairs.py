@@ -10,10 +10,11 @@ __all__ = ['SPECIAL', 'FUSE', 'QUALITY', 'STEER', 'CARD', 'FORMATS', 'strip_spec
            'save_pairs']
 
 # %% ../../nbs/data/44_pairs.ipynb #147baa7b
-import asyncio, json, re, statistics
+import json, re, statistics
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from ..api.client import EndpointAnswerer, make_body
 from ..core import TitaError, run_info, seed_for, write_json, write_text
 from .sources import to_llava, to_mllm, to_seva, write_jsonl
 from ..rows import ATTRIBUTES, find_image
@@ -176,34 +177,22 @@ Question: {question}
 
 # %% ../../nbs/data/44_pairs.ipynb #6bdf5c43
 @dataclass
-class FusionEngine:
-    "Fuses answers with a model behind an API; its tasks are question rows with `answers`."
-    endpoint: object # `tita.data.answerers.Endpoint`
-    images: object = None # folder or mapping, for a model that sees; None: fuse by text alone
+class FusionEngine(EndpointAnswerer):
+    "Fuses answers with a model behind an API; its tasks are question rows with `answers`. Without images it fuses by text alone."
     max_new_tokens: int = 512 # greatest length of an answer
-    seed: int = 0 # noted in the rows
 
-    @property
-    def model_name(self):
-        return self.endpoint.model
+    def __post_init__(self):
+        self.settings = replace(self.settings, max_tokens=self.max_new_tokens, temperature=0., stream=False)
 
-    async def fuse(self, client, task: dict) -> dict:
+    def picture(self, task: dict):
         from tita.data.batches import get_image
-        from tita.data.answers import answer_row
-        from tita.data.answerers import ask, message
-        shown = [await asyncio.to_thread(get_image, self.images, task["image"])] if self.images is not None and task["image"] else []
-        text = FUSE.format(question=task["text"], image=" and what the image confirms" if shown else "", answers="\n".join(f"Answer {i}: {a}" for i, a in enumerate(task["answers"], 1)))
-        said, cut = await ask(self.endpoint, client, message(text, shown), max_tokens=self.max_new_tokens, temperature=0.)
-        return answer_row(self, task, said.strip(), cut)
+        return get_image(self.images, task["image"]) if self.images is not None and task["image"] else None
 
-    def __call__(self, tasks: list):
-        from tita.data.answers import error_row
-        from tita.data.answerers import concurrently
-        self.endpoint.check()
-        for task, row, err in concurrently(self.fuse, tasks, self.endpoint):
-            if getattr(err, "fatal", False):
-                raise err
-            yield ([row], []) if err is None else ([], [error_row(task, str(err))])
+    def body(self, task: dict, image: str | None) -> dict:
+        answers = "\n".join(f"Answer {i}: {a}" for i, a in enumerate(task["answers"], 1))
+        seen = " and what the image confirms" if image else ""
+        text = FUSE.format(question=task["text"], image=seen, answers=answers)
+        return make_body(self.endpoint.model, text, image, self.settings)
 
 # %% ../../nbs/data/44_pairs.ipynb #0ca85827
 def fusion_tasks(

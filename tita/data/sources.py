@@ -12,6 +12,7 @@ import heapq, json, re, tempfile, warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from fastcore.basics import patch
 from ..core import TitaError, open_image, progress, seed_for, write_text
 from ..rows import (ATTRIBUTES, LOGPS, SCORED, ImageFolder, Line, as_turns, clean_question, iter_records,
     pair_rows, question_rows, read_rows, turn_pairs)
@@ -200,20 +201,30 @@ class Check:
         self.folder, self.most_pixels = ImageFolder(root), most_pixels
         self.wrong, self.known = [], {}
 
-    def bad(self, line: Line, text: str, reason: str):
-        self.counts["bad_rows"] += 1
-        self.wrong.append((line, "bad row", reason))
+    def tell(self, line: Line, kind: str, reason: str):
+        "Where a line holds many records, the reason begins with which."
+        record = "" if line.record is None else f"record {line.record}: "
+        self.wrong.append((int(line), kind, record + reason))
 
-    def row(self, line: Line, row: dict):
-        self.counts["rows"] += 1
-        if (name := row["image"]) is None:
-            return
-        if name not in self.known:
-            self.known[name] = kind, _ = check_image(self.folder, name, self.most_pixels)
-            self.counts.update(["images", kind or "found"])
-        kind, why = self.known[name]
-        if kind:
-            self.wrong.append((line, kind, f"question {row['question_id']}: {why}"))
+# %% ../../nbs/data/40_sources.ipynb #4d0a7c1f
+@patch
+def bad(self: Check, line: Line, text: str, reason: str):
+    "Take down a bad row."
+    self.counts["bad_rows"] += 1
+    self.tell(line, "bad row", reason)
+
+@patch
+def row(self: Check, line: Line, row: dict):
+    "Look at a row's image, if no row before had it."
+    self.counts["rows"] += 1
+    if (name := row["image"]) is None:
+        return
+    if name not in self.known:
+        self.known[name] = kind, _ = check_image(self.folder, name, self.most_pixels)
+        self.counts.update(["images", kind or "found"])
+    kind, why = self.known[name]
+    if kind:
+        self.tell(line, kind, f"question {row['question_id']}: {why}")
 
 # %% ../../nbs/data/40_sources.ipynb #4d0a7c17
 def check_questions_file(

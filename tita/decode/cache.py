@@ -141,7 +141,7 @@ def _plain(layer) -> bool:
 class Stack:
     "A decoder of Llama's shape, written out. It reads the model's own weights."
     def __init__(self, decoder, config):
-        self.decoder, self.mrope, self.cos = decoder, "mrope_section" in (getattr(config, "rope_parameters", None) or {}), None
+        self.decoder, self.mrope, self.turns = decoder, "mrope_section" in (getattr(config, "rope_parameters", None) or {}), None
         self.embedding, self.first, self.norm = decoder.embed_tokens.weight, decoder.layers[0].self_attn.q_proj.weight, self._norm(decoder.norm)
         self.width, self.scale, self.shared = decoder.layers[0].self_attn.head_dim, decoder.layers[0].self_attn.scaling, config.num_key_value_heads
         self.gqa = config.num_attention_heads // self.shared if config.num_attention_heads != self.shared else 0  # queries of a key
@@ -156,13 +156,16 @@ class Stack:
         "Are these still the model's weights?"
         return self.first is self.decoder.layers[0].self_attn.q_proj.weight and self.embedding is self.decoder.embed_tokens.weight
 
+    @property
+    def reached(self) -> int:
+        return 0 if self.turns is None else len(self.turns[0])
     def reach(self, n: int):
         "Make the table of cosines and signed sines long enough for positions below n."
-        if self.cos is not None and n <= len(self.cos):
+        if n <= self.reached:
             return
         at = torch.arange(max(512, 2 * n), device=self.embedding.device)
         cos, sin = (t[0] for t in self.decoder.rotary_emb(self.embedding[:1], at[None, None].expand(3, 1, -1) if self.mrope else at[None]))
-        self.cos, self.sin = cos, torch.cat([-sin[:, :self.width // 2], sin[:, self.width // 2:]], -1)
+        self.turns = cos, torch.cat([-sin[:, :self.width // 2], sin[:, self.width // 2:]], -1)
 
 # %% ../../nbs/decode/11_cache.ipynb #be3bf2af
 def _rms(x, norm):
@@ -183,7 +186,7 @@ def __call__(self: Stack,
     "Hidden states of a block. Positions beyond the cache's columns (M-RoPE) must be announced with `reach`."
     (m, q), half = tokens.shape, self.width // 2
     self.reach(cache.kv)
-    x, cos, sin, causal = F.embedding(tokens, self.embedding), self.cos[positions][:, None], self.sin[positions][:, None], mask is None and q > 1
+    (x, causal), (cos, sin) = (F.embedding(tokens, self.embedding), mask is None and q > 1), (t[positions][:, None] for t in self.turns)
     folded = self.gqa and not causal  # queries that share keys stand one after the other
     if folded and mask is not None:
         mask = mask.repeat(1, 1, self.gqa, 1)

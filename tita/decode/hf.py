@@ -32,13 +32,15 @@ class AlignedLogitsProcessor(LogitsProcessor):
         if rows != len(prompts):
             raise TitaError(f"{rows} rows for {len(prompts)} prompts; for several answers to a prompt repeat it, or call AlignedDecoder.generate(n=...)")
         self.experts = [copy.copy(e) for e in self.decoder.experts]
+        for e in self.experts:
+            e.notice_changes()
         out = []
         features = look(self.experts, self.decoder.leader, [pixels] * len(self.decoder.encoders)) if pixels else [{}] * len(self.experts)
         longest = max(map(len, prompts))
         for e, f in list(zip(self.experts, features))[1:]:
             e.open(rows, longest + 32, self)
             e.reserve(longest + 512)
-            logits, e.lens, e.delta = e._read(e.cache, slice(0, rows), prompts, f, pixels.get("image_grid_thw"))
+            logits, e.lens, e.delta = e.read(e.cache, slice(0, rows), prompts, f, pixels.get("image_grid_thw"))
             out.append(logits)
         return out
 

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'POPE_PARSERS', 'KINDS', 'Metric', 'per_scene', 'percent', 'parse_yes_no', 'pope', 'plurals',
-           'object_finder', 'read_synonyms', 'chair', 'normalise', 'exact_match', 'text_match', 'vqa_accuracy',
-           'edit_distance', 'anls', 'score', 'resample_counts', 'default_reference', 'bootstrap', 'verdict',
-           'verdict_of', 'roc', 'calibration']
+           'object_finder', 'read_synonyms', 'chair', 'normalise', 'exact_match', 'text_match', 'vqa_accuracy', 'anls',
+           'score', 'resample_counts', 'default_reference', 'bootstrap', 'verdict', 'verdict_of', 'roc', 'calibration']
 
 # %% ../../nbs/eval/60_metrics.ipynb #1123c1de
 import functools, re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 import numpy as np
+from rapidfuzz.distance import Levenshtein
 from ..core import TitaError
 
 # %% ../../nbs/eval/60_metrics.ipynb #ef8a5736
@@ -22,10 +22,11 @@ class Metric(NamedTuple):
     better: int # 1: higher is better, -1: lower is better, 0: neither
     about: str = "" # what it says, for readers who do not know it
 
+_POPE = "right answers to: is there a ...? Absent objects "
 METRICS = dict(
-    pope_random_accuracy=Metric("POPE random", 1, "right answers to: is there a ...? Absent objects are drawn at random"),
-    pope_popular_accuracy=Metric("POPE popular", 1, "right answers to: is there a ...? Absent objects are frequent elsewhere"),
-    pope_adversarial_accuracy=Metric("POPE adversarial", 1, "right answers to: is there a ...? Absent objects would fit the scene"),
+    pope_random_accuracy=Metric("POPE random", 1, _POPE + "are drawn at random"),
+    pope_popular_accuracy=Metric("POPE popular", 1, _POPE + "are frequent elsewhere"),
+    pope_adversarial_accuracy=Metric("POPE adversarial", 1, _POPE + "would fit the scene"),
     pope_adversarial_f1=Metric("POPE advers. F1", 1, "F1 of the answer yes where absent objects would fit the scene"),
     chair_i=Metric("CHAIR_i", -1, "objects in captions that are not in the image"),
     chair_s=Metric("CHAIR_s", -1, "captions with at least one such object"),
@@ -61,17 +62,31 @@ def percent(
     "A metric's value over all scenes."
     return 100 * float(np.sum(num)) / float(np.sum(den)) if np.sum(den) else None
 
+# %% ../../nbs/eval/60_metrics.ipynb #a5c09b11
+_CHINESE = {"no": "不是 没有 不存在 没 否 不".split(), "yes": "是 有 是的 有的 对 存在".split()}
+_WHETHER = re.compile("是不是|有没有|是否|有无")
+_DENIED, _AGREED = re.compile("不是|没有|不存在|没|^否|^不$"), re.compile("是|有|存在|^对$")
+
+def _chinese(text: str) -> set[str]:
+    "What the first Chinese clause with a yes or a no in it says: yes, no or both."
+    for clause in re.split(r"[，。；！？,.;!?\s]+", _WHETHER.sub("", text)):
+        rest = _DENIED.sub("", clause)
+        said = {"no": rest != clause, "yes": _AGREED.search(rest)}
+        if any(said.values()):
+            return {word for word, there in said.items() if there}
+    return set()
+
 # %% ../../nbs/eval/60_metrics.ipynb #b5881cdf
 def _pope(text: str) -> str:
     words = text.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "no", "not"} & set(words) else "yes"
+    return "no" if {"No", "no", "not"} & set(words) or _chinese(text) == {"no"} else "yes"
 
 def _exact(text: str) -> str | None:
     word = text.strip().lower()
-    return word if word in ("yes", "no") else None
+    return next((said for said, words in _CHINESE.items() if word == said or word in words), None)
 
 def _find(text: str) -> str | None:
-    found = {"yes", "no"} & set(re.findall(r"\w+", text.lower()))
+    found = {"yes", "no"} & set(re.findall(r"\w+", text.lower())) | _chinese(text)
     return found.pop() if len(found) == 1 else None
 
 POPE_PARSERS = dict(pope=_pope, exact=_exact, find=_find)
@@ -101,29 +116,33 @@ def pope(
         raise TitaError(f"label {odd[0]!r} is neither 'yes' nor 'no'; mend the question file")
     said = np.array([parse_yes_no(a, parser) or "?" for a in answers], dtype=str)
     truth = np.array(labels, dtype=str)
-    yes, is_yes = (said == "yes").astype(float), (truth == "yes").astype(float)
-    tp, one = yes * is_yes, np.ones(len(said))
-    parts = dict(accuracy=(said == truth, one), precision=(tp, yes), recall=(tp, is_yes), f1=(2 * tp, yes + is_yes), yes_ratio=(yes, one))
+    says_yes, is_yes, every = (x.astype(float) for x in (said == "yes", truth == "yes", truth != ""))
+    both = says_yes * is_yes
+    parts = dict(accuracy=(said == truth, every), precision=(both, says_yes), recall=(both, is_yes),
+        f1=(2 * both, says_yes + is_yes), yes_ratio=(says_yes, every))
     return {k: per_scene(num, den, scenes, n) for k, (num, den) in parts.items()}
 
 # %% ../../nbs/eval/60_metrics.ipynb #5828bddd
-_PLURALS = dict(human="humans", person="people", man="men", woman="women", child="children", mouse="mice", goose="geese", sheep="sheep", fish="fish",
-    knife="knives", wolf="wolves", leaf="leaves", shelf="shelves", scarf="scarves", calf="calves", foot="feet", tooth="teeth")
+_PLURALS = dict(human="humans", person="people", man="men", woman="women", child="children", mouse="mice",
+    goose="geese", sheep="sheep", fish="fish", knife="knives", wolf="wolves", leaf="leaves", shelf="shelves",
+    scarf="scarves", calf="calves", foot="feet", tooth="teeth")
+_COMPOUNDS = "man", "child" # snowman, grandchild
+
+def _irregular(word: str) -> list[str]:
+    "The plural of a word that the table knows, or of one that ends like a man."
+    if word in _PLURALS:
+        return [_PLURALS[word]]
+    return [word.removesuffix(end) + _PLURALS[end] for end in _COMPOUNDS if word.endswith(end)][:1]
 
 def plurals(
     name: str, # an object's name, of one or several words
 ) -> list[str]: # its plural; two spellings after -o
     "English plurals of a name's last word."
     *first, word = name.split(" ")
-    stem, irregular = next(((word[:-len(k)], v) for k, v in _PLURALS.items() if word == k or word.endswith(k) and k in ("man", "child")), ("", None))
-    if irregular:
-        forms = [stem + irregular]
-    elif re.search(r"(s|x|z|ch|sh)$", word):
-        forms = [word + "es"]
-    elif re.search(r"[^aeiou]y$", word):
-        forms = [word[:-1] + "ies"]
-    else:
-        forms = [word + "s"] + [word + "es"] * word.endswith("o")
+    if not (forms := _irregular(word)):
+        sibilant, consonant_y = re.search(r"(s|x|z|ch|sh)$", word), re.search(r"[^aeiou]y$", word)
+        forms = [word + "es"] if sibilant else [word[:-1] + "ies"] if consonant_y else [word + "s"]
+        forms += [word + "es"] * word.endswith("o")
     return [" ".join([*first, f]) for f in forms]
 
 # %% ../../nbs/eval/60_metrics.ipynb #d7e0257b
@@ -140,8 +159,12 @@ def object_finder(
     if not names:
         raise TitaError("no object names to look for in the captions; give objects=[...]")
     longest = sorted(names, key=len, reverse=True)
-    pattern = re.compile(r"(?<!\w)(?:" + "|".join(re.escape(w).replace(r"\ ", r"[\s-]+") for w in longest) + r")(?!\w)", re.I)
-    return lambda text: [names[re.sub(r"[\s-]+", " ", m) if m.lower() not in names else m] for m in map(str.lower, pattern.findall(text))]
+    blanks = "|".join(re.escape(w).replace(r"\ ", r"[\s-]+") for w in longest)
+    pattern = re.compile(rf"(?<!\w)(?:{blanks})(?!\w)", re.I)
+    def find(text):
+        said = [m.lower() for m in pattern.findall(text)]
+        return [names[m if m in names else re.sub(r"[\s-]+", " ", m)] for m in said]
+    return find
 
 # %% ../../nbs/eval/60_metrics.ipynb #8071c754
 def read_synonyms(
@@ -167,14 +190,18 @@ def chair(
     if len(captions) != len(truths):
         raise TitaError(f"{len(captions)} captions for {len(truths)} lists of objects; give one for each")
     find = objects if callable(objects) else object_finder(objects)
-    said, truths = [find(c) for c in captions], [set(find(t) if isinstance(t, str) else t) for t in truths]
-    invented = np.array([sum(o not in t for o in s) for s, t in zip(said, truths)], float)
-    parts = dict(chair_i=(invented, [len(s) for s in said]), chair_s=(invented > 0, np.ones(len(said))),
-        recall=([len(t & set(s)) for s, t in zip(said, truths)], [len(t) for t in truths]))
+    mentions = [find(c) for c in captions]
+    there = [set(find(t) if isinstance(t, str) else t) for t in truths]
+    invented = np.array([sum(o not in t for o in s) for s, t in zip(mentions, there)], float)
+    parts = dict(
+        chair_i=(invented, [len(s) for s in mentions]),
+        chair_s=(invented > 0, np.ones(len(mentions))),
+        recall=([len(t & set(s)) for s, t in zip(mentions, there)], [len(t) for t in there]))
     return {k: per_scene(num, den, scenes, n) for k, (num, den) in parts.items()}
 
 # %% ../../nbs/eval/60_metrics.ipynb #c0b7235f
-_DIGITS = {w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+_WORDS = "zero one two three four five six seven eight nine ten".split()
+_DIGITS = {w: str(i) for i, w in enumerate(_WORDS)} | {"none": "0"}
 _MARKS = ";/[]\"{}()=+\\_-><@`,?!"
 
 @functools.lru_cache(maxsize=65536)
@@ -218,29 +245,26 @@ def vqa_accuracy(
     return float(np.mean([min(1, (sum(same) - s) / 3) for s in same])) if same else 0.
 
 # %% ../../nbs/eval/60_metrics.ipynb #5bce5ce1
-def edit_distance(a: str, b: str) -> int:
-    "Levenshtein distance: insertions, deletions and substitutions of one letter."
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        last, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
-    return row[-1]
-
 def anls(
     answer: str, # what the model said
     truths: str | Sequence[str], # the answers that are right
     threshold: float = 0.5, # at this share of wrong letters the answer counts as wrong
 ) -> float: # 0 to 1
     "Average normalised Levenshtein similarity of one answer: the best over its truths."
-    forms = [(answer.strip().lower(), t.strip().lower()) for t in ([truths] if isinstance(truths, str) else truths)]
-    away = min((edit_distance(a, t) / max(len(a), len(t), 1) for a, t in forms), default=1.)
-    return 1 - away if away < threshold else 0.
+    truths = [truths] if isinstance(truths, str) else truths
+    said = answer.strip().lower()
+    wrong = min((Levenshtein.normalized_distance(said, t.strip().lower()) for t in truths), default=1.)
+    return 1 - wrong if wrong < threshold else 0.
 
 # %% ../../nbs/eval/60_metrics.ipynb #bd8fc69a
 _GRADED = dict(  # kind -> how an answer is graded, and the metrics that it counts for
-    color=(exact_match, ["color_accuracy"]), count=(exact_match, ["count_accuracy"]), text=(text_match, ["sign_accuracy", "text_accuracy"]),
-    number=(text_match, ["number_accuracy", "text_accuracy"]), exact=(exact_match, ["exact_match"]), vqa=(vqa_accuracy, ["vqa_accuracy"]), anls=(anls, ["anls"]))
+    color=(exact_match, ["color_accuracy"]),
+    count=(exact_match, ["count_accuracy"]),
+    text=(text_match, ["sign_accuracy", "text_accuracy"]),
+    number=(text_match, ["number_accuracy", "text_accuracy"]),
+    exact=(exact_match, ["exact_match"]),
+    vqa=(vqa_accuracy, ["vqa_accuracy"]),
+    anls=(anls, ["anls"]))
 KINDS = ("caption", "pope_random", "pope_popular", "pope_adversarial", *_GRADED)
 
 def _by_kind(rows) -> dict:
@@ -257,8 +281,25 @@ def _by_kind(rows) -> dict:
     return {k: tuple(zip(*v)) for k, v in kinds.items()}
 
 # %% ../../nbs/eval/60_metrics.ipynb #e7020e0f
+def _grade(kind: str, scenes, said, truths, objects, parser: str, n: int) -> dict:
+    "The metrics that the answers of one kind of question give."
+    if kind == "caption":
+        return chair(said, truths, objects, scenes, n)
+    if kind.startswith("pope_"):
+        made = pope(said, truths, parser, scenes, n)
+        return {k if k == "yes_ratio" else f"{kind}_{k}": v for k, v in made.items()}
+    grade, names = _GRADED[kind]
+    counted = per_scene([grade(a, t) for a, t in zip(said, truths)], np.ones(len(said)), scenes, n)
+    return dict.fromkeys(names, counted)
+
+def _reading_order(metrics: Mapping, detail: bool) -> dict:
+    "Metrics in the order of the table; what it does not list comes last, if it is asked for."
+    order = {k: i for i, k in enumerate([*METRICS, "exact_match", "vqa_accuracy", "anls"])}
+    return {k: metrics[k] for k in sorted(metrics, key=lambda k: order.get(k, 99)) if detail or k in order}
+
+# %% ../../nbs/eval/60_metrics.ipynb #a5c09b14
 def score(
-    rows: Sequence[Mapping], # {"scene": index, "kind": one of `KINDS`, "truth": answer or list of objects, "answer": text}
+    rows: Sequence[Mapping], # scene: its index, kind: one of `KINDS`, truth: answer or list of objects, answer: text
     objects=(), # names of all objects, or an `object_finder`; needed for captions only
     parser: str = "pope", # how yes and no are read, see `parse_yes_no`
     n: int | None = None, # number of scenes; None: the largest index + 1
@@ -266,19 +307,11 @@ def score(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]: # metric -> (numerators, denominators), each (n,)
     "Score a system's answers, scene by scene. Raises `TitaError` naming a bad row."
     n = max((r.get("scene", 0) for r in rows), default=-1) + 1 if n is None else n
-    kinds, parts, out = _by_kind(rows), [], {}
-    for kind, (scenes, said, truths) in kinds.items():
-        if kind == "caption":
-            parts += chair(said, truths, objects, scenes, n).items()
-        elif kind.startswith("pope_"):
-            parts += [(k if k == "yes_ratio" else f"{kind}_{k}", v) for k, v in pope(said, truths, parser, scenes, n).items()]
-        else:
-            grade, names = _GRADED[kind]
-            parts += [(k, per_scene([grade(a, t) for a, t in zip(said, truths)], np.ones(len(said)), scenes, n)) for k in names]
-    for k, (num, den) in parts:
-        out[k] = (out[k][0] + num, out[k][1] + den) if k in out else (num, den)
-    order = {k: i for i, k in enumerate([*METRICS, "exact_match", "vqa_accuracy", "anls"])}
-    return {k: out[k] for k in sorted(out, key=lambda k: order.get(k, 99)) if detail or k in order}
+    out = {}
+    for kind, columns in _by_kind(rows).items():
+        for name, (num, den) in _grade(kind, *columns, objects, parser, n).items():
+            out[name] = (out[name][0] + num, out[name][1] + den) if name in out else (num, den)
+    return _reading_order(out, detail)
 
 # %% ../../nbs/eval/60_metrics.ipynb #786cc353
 def resample_counts(
@@ -298,52 +331,63 @@ def resample_counts(
 def default_reference(
     names, # names of systems
 ) -> dict[str, str]: # name -> name of the system that it is compared with
-    "Compare `strong_*` with `strong_base` and everything else with `base` (or with the first, if there is no such system)."
+    "Compare `strong_*` with `strong_base`, all else with `base` (or with the first, if there is no such system)."
     names = list(names)
     base = "base" if "base" in names else names[0]
     return {k: "strong_base" if k.startswith("strong_") and "strong_base" in names else base for k in names}
 
 # %% ../../nbs/eval/60_metrics.ipynb #671bfc4d
+def _check_paired(sizes: Mapping):
+    "All systems have to be scored on the same scenes."
+    few, many = min(sizes, key=sizes.get, default=None), max(sizes, key=sizes.get, default=None)
+    if few and sizes[few] != sizes[many]:
+        raise TitaError(f"{'/'.join(few)} has {sizes[few]} scenes and {'/'.join(many)} has {sizes[many]}; "
+            "score all systems on the same scenes with the same n")
+    if not few or not sizes[few]:
+        raise TitaError("no scenes to resample; score some answers first")
+
 def _stack(systems: Mapping) -> tuple[list, np.ndarray, np.ndarray]:
     "(system, metric) names and their numerators and denominators as (n_scenes, columns), checked to be paired."
-    keys = [(s, m) for s, metrics in systems.items() for m in metrics]
-    sizes = {k: len(systems[k[0]][k[1]][0]) for k in keys}
-    if len(set(sizes.values())) > 1:
-        (a, x), (b, y) = min(sizes.items(), key=lambda kv: kv[1]), max(sizes.items(), key=lambda kv: kv[1])
-        raise TitaError(f"{'/'.join(a)} has {x} scenes and {'/'.join(b)} has {y}; score all systems on the same scenes with the same n")
-    if not sizes or not next(iter(sizes.values())):
-        raise TitaError("no scenes to resample; score some answers first")
-    return keys, *(np.stack([np.asarray(systems[s][m][i], float) for s, m in keys], 1) for i in (0, 1))
+    parts = {(s, m): v for s, metrics in systems.items() for m, v in metrics.items()}
+    _check_paired({k: len(num) for k, (num, _) in parts.items()})
+    num, den = (np.stack([np.asarray(v[i], float) for v in parts.values()], 1) for i in (0, 1))
+    return list(parts), num, den
 
+# %% ../../nbs/eval/60_metrics.ipynb #a5c09b16
 def _interval(draws: np.ndarray, level: float) -> tuple:
     "Percentile interval; None where no resample had anything to divide by."
     draws = draws[~np.isnan(draws)]
-    return tuple(float(q) for q in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])) if len(draws) else (None, None)
+    if not len(draws):
+        return None, None
+    return tuple(float(q) for q in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
 
 def _cell(values, draws, i: int, j: int | None, level: float) -> dict:
     "Column i's score and its difference from column j (None: no such metric) with their intervals."
-    out = dict(zip(("value", "low", "high"), (values[i], *_interval(draws[:, i], level))))
+    score = values[i], *_interval(draws[:, i], level)
     delta = (None,) * 3 if j is None else (values[i] - values[j], *_interval(draws[:, i] - draws[:, j], level))
-    out |= zip(("delta", "delta_low", "delta_high"), delta)
-    return {k: None if v is None or np.isnan(v) else float(v) for k, v in out.items()}
+    names = "value", "low", "high", "delta", "delta_low", "delta_high"
+    return {k: None if v is None or np.isnan(v) else float(v) for k, v in zip(names, (*score, *delta))}
 
 # %% ../../nbs/eval/60_metrics.ipynb #9c2abff6
 def bootstrap(
     systems: Mapping[str, Mapping], # name -> metric -> (numerators, denominators) over the same scenes, as from `score`
-    reference: Mapping[str, str] | str | None = None, # name -> name compared with, one name for all, or None: `default_reference`
+    reference: Mapping[str, str] | str | None = None, # what each is compared with, or all; None: `default_reference`
     n: int = 2000, # resamples
     seed: int = 0, # of the resamples
     level: float = 0.95, # share of the resamples inside the interval
-) -> dict: # {"systems": {name: {metric: {"value", "low", "high", "delta", "delta_low", "delta_high"}}}}, percent
+) -> dict: # "systems" -> name -> metric -> value, low, high, delta, delta_low, delta_high; percent
     "Scores and paired differences with bootstrap intervals over scenes."
-    reference = {k: reference for k in systems} if isinstance(reference, str) else reference or default_reference(systems)
-    if lost := {r for r in reference.values()} - set(systems):
+    if isinstance(reference, str):
+        reference = dict.fromkeys(systems, reference)
+    reference = reference or default_reference(systems)
+    if lost := set(reference.values()) - set(systems):
         raise TitaError(f"reference {lost.pop()!r} is not among the systems ({', '.join(systems)})")
-    keys, num, den = _stack(systems)
+    keys, num, den = _stack(systems) # (n_scenes, columns)
     column = {k: i for i, k in enumerate(keys)}
+    blocks = resample_counts(len(num), n, np.random.default_rng(seed))
     with np.errstate(divide="ignore", invalid="ignore"):
-        values = 100 * num.sum(0) / den.sum(0)
-        draws = np.concatenate([100 * (w @ num) / (w @ den) for w in resample_counts(len(num), n, np.random.default_rng(seed))])
+        values = 100 * num.sum(0) / den.sum(0) # (columns,)
+        draws = np.concatenate([100 * (w @ num) / (w @ den) for w in blocks]) # (resamples, columns)
     out = {s: {} for s in systems}
     for (s, m), i in column.items():
         out[s][m] = _cell(values, draws, i, column.get((reference.get(s, s), m)), level)
@@ -376,13 +420,12 @@ def roc(
     labels, # (m,) true where yes is right
 ) -> tuple[np.ndarray, np.ndarray, float]: # false positive rates, true positive rates, area under the curve
     "The ROC curve and its area; ties count half."
-    scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
+    from sklearn.metrics import auc, roc_curve
+    labels = np.asarray(labels, bool)
     if labels.all() or not labels.any():
         raise TitaError(f"a ROC curve needs labels of both kinds; all {len(labels)} are {bool(labels.any())}")
-    order = np.argsort(-scores, kind="stable")
-    last = np.append(np.diff(scores[order]) != 0, True)
-    fpr, tpr = (np.append(0, np.cumsum(x[order])[last] / x.sum()) for x in (~labels, labels))
-    return fpr, tpr, float(np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2))
+    fpr, tpr, _ = roc_curve(labels, np.asarray(scores, float), drop_intermediate=False)
+    return fpr, tpr, float(auc(fpr, tpr))
 
 # %% ../../nbs/eval/60_metrics.ipynb #0355ccdf
 def calibration(
@@ -391,11 +434,14 @@ def calibration(
     bins: int = 10, # of equal width
 ) -> dict: # arrays said, true and count of the bins in use; ece, the expected calibration error in percent
     "Compare what a model says of its certainty with how often it is right."
-    p, right = np.asarray(probabilities, float), np.asarray(right, float)
-    if len(p) and not (0 <= p.min() and p.max() <= 1):
-        raise TitaError(f"probabilities from {p.min():g} to {p.max():g}; they lie between 0 and 1 (exp of log-probabilities?)")
-    where = np.minimum((p * bins).astype(int), bins - 1)
-    count, said, true = (np.bincount(where, w, bins) for w in (np.ones(len(p)), p, right))
-    used = count > 0
-    said, true, count = said[used] / count[used], true[used] / count[used], count[used]
-    return dict(said=said, true=true, count=count, ece=100 * float(np.sum(count * abs(said - true)) / max(len(p), 1)))
+    from sklearn.calibration import calibration_curve
+    p, right = np.asarray(probabilities, float), np.asarray(right, bool)
+    if not len(p):
+        return dict(said=p, true=p, count=p, ece=0.)
+    if not 0 <= p.min() <= p.max() <= 1:
+        raise TitaError(f"probabilities from {p.min():g} to {p.max():g}; they lie between 0 and 1 "
+            "(exp of log-probabilities?)")
+    true, said = calibration_curve(right, p, n_bins=bins)
+    count = np.bincount(np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], p))
+    count = count[count > 0]
+    return dict(said=said, true=true, count=count, ece=100 * float(np.sum(count * abs(said - true)) / len(p)))

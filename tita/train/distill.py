@@ -11,9 +11,11 @@ import json, os
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 from ..core import TitaError, progress, write_json
 from ..views import view_seed
@@ -64,23 +66,32 @@ def acceptance(
     "The chance that a token drawn from q survives verification by p (an upper bound if tokens are taken together)."
     q = student_logps.gather(-1, tokens)
     both = torch.minimum(values, q).exp().sum(-1)
-    return both if tokens.shape[-1] == student_logps.shape[-1] else both + torch.minimum(rest(values), rest(q)).exp()
+    if tokens.shape[-1] == student_logps.shape[-1]:
+        return both
+    return both + torch.minimum(rest(values), rest(q)).exp()
 
 # %% ../../nbs/train/53_distill.ipynb #47c1e18b
+def _answer_as_row(a: dict, names) -> dict:
+    "One answer row for training."
+    view = a.get("view", "clean")
+    if missing := [k for k in ("image", "text", "answer") if not a.get(k)]:
+        raise TitaError(f"no {', '.join(missing)}; distillation needs images, questions and what the base said")
+    if view in ("none", "swap"):
+        raise TitaError(f"view {view!r} does not show the question's image; leave such rows out")
+    seen = {} if view == "clean" else dict(view=view, view_seed=view_seed(a.get("seed", 0), view, a["image"]))
+    return dict(image=names(a["image"]), prompt=a["text"], answer=a["answer"]) | seen
+
 def answers_as_rows(
     answers: list, # answer rows: image, text, view, answer, seed
     names=str, # from an image's name to its file
 ) -> list[dict]: # rows for `encode_rows`, with prompt and answer
-    "Answer rows for training. Raises `TitaError` for a row without a part, and for a view that shows no image of its own."
+    "Answer rows for training. Raises `TitaError` for a row that lacks a part or whose view hides its image."
     rows = []
     for i, a in enumerate(answers):
-        if missing := [k for k in ("image", "text", "answer") if not a.get(k)]:
-            raise TitaError(f"answer row {i}: no {', '.join(missing)}; distillation needs images, questions and what the base said")
-        view = a.get("view", "clean")
-        if view in ("none", "swap"):
-            raise TitaError(f"answer row {i}: view {view!r} does not show the question's image; leave such rows out")
-        seen = dict(view=view, view_seed=view_seed(a.get("seed", 0), view, a["image"])) if view != "clean" else {}
-        rows.append(dict(image=names(a["image"]), prompt=a["text"], answer=a["answer"]) | seen)
+        try:
+            rows.append(_answer_as_row(a, names))
+        except TitaError as e:
+            raise TitaError(f"answer row {i}: {e}") from None
     if not rows:
         raise TitaError("no answers to learn from; check the answers file")
     return rows
@@ -94,42 +105,63 @@ class TeacherStore:
         rows: int, # how many answers
         size: int=1000, # answers in a file
     ):
-        self.folder, self.rows, self.size, self._open = Path(folder), rows, size, {}
-        note = self.folder/"teacher.json"
-        made_of = made_of | dict(rows=rows, size=size)
-        if note.exists() and (old := json.loads(note.read_text())) != made_of:
-            raise TitaError(f"{folder}: holds log-probabilities made with another {', '.join(k for k in made_of if old.get(k) != made_of[k])}; use another folder or delete it")
+        self.folder, self.rows, self.size = Path(folder), rows, size
+        self._files = {}  # by number: an open file, and where its answers begin
+        note, made_of = self.folder/"teacher.json", made_of | dict(rows=rows, size=size)
+        old = json.loads(note.read_text()) if note.exists() else made_of
+        if other := [k for k in made_of if old.get(k) != made_of[k]]:
+            raise TitaError(f"{folder}: holds log-probabilities made with another {', '.join(other)}; "
+                            "use another folder or delete it")
         write_json(note, made_of)
 
     def path(self, n: int) -> Path:
         "File number n."
         return self.folder/f"teacher-{n:05d}.safetensors"
+
     def missing(self) -> list:
         "Ranges of rows that are not there yet."
-        return [range(i, min(i + self.size, self.rows)) for i in range(0, self.rows, self.size) if not self.path(i // self.size).exists()]
+        starts = [i for i in range(0, self.rows, self.size) if not self.path(i // self.size).exists()]
+        return [range(i, min(i + self.size, self.rows)) for i in starts]
 
-    def write(self,
-        start: int, # first row of the file
-        found: list, # per row: log-probabilities (A, k) and tokens (A, k)
-    ):
-        "Write one file, atomically."
-        path = self.path(start // self.size)
-        part = path.with_suffix(".part")
-        ends = torch.tensor([0] + [len(v) for v, _ in found]).cumsum(0)
-        save_file(dict(values=torch.cat([v for v, _ in found]).half().contiguous(), tokens=torch.cat([t for _, t in found]).int().contiguous(), ends=ends), part)
-        with open(part, "rb") as f:
-            os.fsync(f.fileno())
-        part.replace(path)
+# %% ../../nbs/train/53_distill.ipynb #c0de0302
+@patch
+def write(self: TeacherStore,
+    start: int, # first row of the file
+    found: list, # per row: log-probabilities (A, k) and tokens (A, k)
+):
+    "Write one file, atomically."
+    values, tokens = zip(*found)
+    ends = torch.tensor([0, *map(len, values)]).cumsum(0)
+    path = self.path(start // self.size)
+    part = path.with_suffix(".part")
+    save_file(dict(values=torch.cat(values).half(), tokens=torch.cat(tokens).int(), ends=ends), part)
+    with open(part, "rb") as f:
+        os.fsync(f.fileno())
+    part.replace(path)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        n = i // self.size
-        if n not in self._open:
-            f = safe_open(self.path(n), "pt")
-            self._open[n] = f, f.get_tensor("ends").tolist()
-        (f, ends), r = self._open[n], i % self.size
-        return f.get_slice("values")[ends[r]:ends[r+1]].float(), f.get_slice("tokens")[ends[r]:ends[r+1]].long()
+@patch
+def __getitem__(self: TeacherStore, i: int) -> tuple[Tensor, Tensor]: # log-probabilities (A, k), tokens (A, k)
+    n, row = divmod(i, self.size)
+    if n not in self._files:
+        f = safe_open(self.path(n), "pt")
+        self._files[n] = f, f.get_tensor("ends").tolist()
+    f, ends = self._files[n]
+    answer = slice(ends[row], ends[row + 1])
+    return f.get_slice("values")[answer].float(), f.get_slice("tokens")[answer].long()
 
 # %% ../../nbs/train/53_distill.ipynb #e704eec1
+def _teach(model, rows: list, images: ImageStore, cache: TowerCache, k: int|None) -> list[tuple[Tensor, Tensor]]:
+    "Per row the log-probabilities (A, k) of the likeliest tokens at each place of its answer, and these tokens."
+    trees, starts, *where = grow_trees(rows, images, ("answer",), positions=mrope(model))
+    [lines], groups = where
+    numbers = [n for group in groups for n in group]
+    with cache.using(numbers):
+        logits, labels = tree_logits(model, trees, starts, **images.inputs(numbers))  # (N, A, V)
+    values, tokens = top_logps(logits.float().log_softmax(-1), k)
+    lengths = (labels != -100).sum(1).tolist()
+    return [(values[line, :lengths[line]].cpu(), tokens[line, :lengths[line]].cpu()) for line in lines]
+
+# %% ../../nbs/train/53_distill.ipynb #c0de0304
 @torch.no_grad()
 def record_teacher(
     model, # the base
@@ -140,20 +172,11 @@ def record_teacher(
     batch_size: int=64, # answers in a forward
 ):
     "Run the base over the rows whose log-probabilities are missing."
-    cache, positions = TowerCache(model), mrope(model)
+    cache = TowerCache(model, store=images)
     for block in progress(store.missing(), "the base's log-probabilities", unit="file"):
-        found = {}
-        order = sorted(block, key=lambda i: rows[i]["image_ids"])  # rows about one image share a tree
-        for start in range(0, len(order), batch_size):
-            batch = order[start:start + batch_size]
-            trees, starts, (lines,), numbers = grow_trees([rows[i] for i in batch], images, ("answer",), positions=positions)
-            numbers = [n for g in numbers for n in g]
-            with cache.using(numbers):
-                logits, labels = tree_logits(model, trees, starts, **images.inputs(numbers))
-            values, tokens = top_logps(logits.float().log_softmax(-1), k)
-            for i, line in zip(batch, lines):
-                n = int((labels[line] != -100).sum())
-                found[i] = values[line, :n].cpu(), tokens[line, :n].cpu()
+        order, found = sorted(block, key=lambda i: rows[i]["image_ids"]), {}  # rows about one image share a tree
+        for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+            found |= zip(batch, _teach(model, [rows[i] for i in batch], images, cache, k))
         store.write(block[0], [found[i] for i in block])
     cache.close()
 
@@ -161,8 +184,10 @@ def record_teacher(
 @dataclass
 class DistillConfig(TreeOptions, TrainingArguments):
     "`TrainingArguments`, and what concerns images, trees and the teacher."
-    top_k: int | None = field(default=64, metadata={"help": "Tokens of the base's distribution to keep for each place; None: the whole vocabulary."})
-    held_out: float = field(default=0.05, metadata={"help": "Share of the answers on which KL and acceptance are measured before and after, and which are not trained on."})
+    top_k: int | None = field(default=64, metadata={
+        "help": "Tokens of the base's distribution to keep for each place; None: the whole vocabulary."})
+    held_out: float = field(default=0.05, metadata={
+        "help": "Share of the answers that are not trained on: there KL and acceptance are measured."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are not the model's inputs."})
 
 # %% ../../nbs/train/53_distill.ipynb #2c194703
@@ -174,7 +199,8 @@ class DistillCollator(TreeCollator):
 
     def __call__(self, rows):
         tree, labels = self.plant(rows)
-        values, tokens = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in zip(*(self.teacher[row["index"]] for row in rows)))
+        recorded = zip(*(self.teacher[row["index"]] for row in rows))
+        values, tokens = (pad_sequence(x, batch_first=True) for x in recorded)  # (B, A, k)
         return dict(tree=tree, labels=labels, values=values, tokens=tokens)
 
 # %% ../../nbs/train/53_distill.ipynb #17f48696
@@ -186,21 +212,21 @@ class DistillTrainer(TreeForward, Trainer):
         eval_dataset=None, **kwargs): # for Trainer
         planted = self._plant(model, processing_class, args, answers=("answer",), store=images)
         collator = DistillCollator(**{**vars(planted), "teacher": teacher})
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processing_class, data_collator=collator, **kwargs)
-        self.sums = {}
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+                         processing_class=processing_class, data_collator=collator, **kwargs)
+        self.sums = {}  # over tokens, of what `closeness` reports
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = self._tree_forward(model, inputs["tree"], use_cache=False)
-        there, logps = inputs["labels"] != -100, outputs.logits.float().log_softmax(-1)
+        logps, there = outputs.logits.float().log_softmax(-1), inputs["labels"] != -100
         divergence = kl_top(inputs["values"], inputs["tokens"], logps)[there]
         with torch.no_grad():
-            same = (logps.argmax(-1) == inputs["tokens"][..., 0])[there].float()
-            self._add(tokens=there.sum(), kl=divergence.sum(), acceptance=acceptance(inputs["values"], inputs["tokens"], logps)[there].sum(), agreement=same.sum())
-        return (divergence.mean(), outputs) if return_outputs else divergence.mean()
-
-    def _add(self, **sums):
-        for k, v in sums.items():
-            self.sums[k] = self.sums.get(k, 0.) + v.item()
+            accepted = acceptance(inputs["values"], inputs["tokens"], logps)[there]
+            same = (logps.argmax(-1) == inputs["tokens"][..., 0])[there]
+            for name, x in dict(tokens=there, kl=divergence, acceptance=accepted, agreement=same).items():
+                self.sums[name] = self.sums.get(name, 0.) + x.sum().item()
+        loss = divergence.mean()
+        return (loss, outputs) if return_outputs else loss
 
 # %% ../../nbs/train/53_distill.ipynb #0d292d79
 @torch.no_grad()
@@ -210,9 +236,9 @@ def closeness(
 ) -> dict: # kl in nats per token, acceptance, agreement: means over tokens
     "How near the student is to the teacher."
     trainer.sums = {}
-    model = trainer.model.eval()
-    for start in range(0, len(rows), trainer.args.per_device_eval_batch_size):
-        batch = trainer.data_collator([rows[i] for i in range(start, min(start + trainer.args.per_device_eval_batch_size, len(rows)))])
+    model, size = trainer.model.eval(), trainer.args.per_device_eval_batch_size
+    for start in range(0, len(rows), size):
+        batch = trainer.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
         trainer.compute_loss(model, trainer._prepare_inputs(batch))
     sums, trainer.sums = trainer.sums, {}
     return {k: sums[k] / sums["tokens"] for k in ("kl", "acceptance", "agreement")}

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from ..core import TitaError, progress
+from ..models import answer_ids, prompt_ids
 from .images import ImageStore, backbone
 
 # %% ../../nbs/train/51_trees.ipynb #14fba630
@@ -72,24 +73,27 @@ def pad_trees(
         n = len(t.ids)
         at = slice(0, n) if side == "right" else slice(T - n, T)
         ids[b, at], pos[b, at], mask[b, 0, at, at] = t.ids, t.position, ancestor_mask(t.parent)
-    pos = torch.from_numpy(pos)
-    return dict(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), position_ids=pos.permute(2, 0, 1) if dims else pos)
+    ids, mask, pos = map(torch.from_numpy, (ids, mask, pos))
+    return dict(input_ids=ids, attention_mask=mask, position_ids=pos.permute(2, 0, 1) if dims else pos)
 
 # %% ../../nbs/train/51_trees.ipynb #314b9dc9
 def answer_index(
     trees, # TokenTrees of a batch
     starts, # per tree and sequence: number of prompt tokens, at least 1
     side: str="right", # as in `pad_trees`
-) -> tuple[Tensor, Tensor, Tensor]: # rows (N, A), columns (N, A) of the predicting states; labels (N, A), -100 where an answer has ended
+) -> tuple[Tensor, Tensor, Tensor]: # rows, columns of the predicting states; labels, -100 behind an answer; all (N, A)
     "Where the states are that predict the answers' tokens, sequence by sequence."
     T = max(len(t.ids) for t in trees)
-    answers = [(b, 0 if side == "right" else T - len(t.ids), p[s-1:], t.ids) for b, (t, ss) in enumerate(zip(trees, starts)) for p, s in zip(t.paths, ss)]
-    A = max(len(p) - 1 for _, _, p, _ in answers)
-    rows, cols, labels = (np.full((len(answers), A), v, np.int64) for v in (0, 0, -100))
-    for i, (b, offset, path, ids) in enumerate(answers):
-        k = len(path) - 1
-        rows[i], cols[i, :k], labels[i, :k] = b, np.array(path[:-1]) + offset, [ids[n] for n in path[1:]]
-    return torch.from_numpy(rows), torch.from_numpy(cols), torch.from_numpy(labels)
+    found = []  # of each answer: its row, the columns of its predicting states, its tokens
+    for b, (tree, prompts) in enumerate(zip(trees, starts)):
+        offset = 0 if side == "right" else T - len(tree.ids)
+        for path, start in zip(tree.paths, prompts):
+            found.append((b, [node + offset for node in path[start-1:-1]], [tree.ids[node] for node in path[start:]]))
+    N, A = len(found), max(len(ids) for _, _, ids in found)
+    rows, cols, labels = (torch.full((N, A), fill) for fill in (0, 0, -100))
+    for i, (b, at, ids) in enumerate(found):
+        rows[i], cols[i, :len(at)], labels[i, :len(ids)] = b, torch.tensor(at), torch.tensor(ids)
+    return rows, cols, labels
 
 # %% ../../nbs/train/51_trees.ipynb #f8c95e51
 def _fit(kind: str, mask: Tensor, dtype):
@@ -100,8 +104,10 @@ def _fit(kind: str, mask: Tensor, dtype):
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
     if kind == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
-        return create_block_mask(lambda b, h, q, k: mask[b, 0, q, k], len(mask), None, *mask.shape[-2:], device=str(mask.device))
-    raise TitaError(f"attention {kind!r} takes no mask of a tree; load the model with attn_implementation='sdpa', or 'flex_attention' on a GPU")
+        seen = lambda b, h, q, k: mask[b, 0, q, k]
+        return create_block_mask(seen, len(mask), None, *mask.shape[-2:], device=str(mask.device))
+    raise TitaError(f"attention {kind!r} takes no mask of a tree; load the model with attn_implementation='sdpa', "
+                    "or 'flex_attention' on a GPU")
 
 def fit_mask(
     model, # a PreTrainedModel or what wraps it
@@ -110,7 +116,8 @@ def fit_mask(
     "Raises `TitaError` if the model's attention cannot follow a tree."
     config = backbone(model).config.get_text_config()
     if odd := set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-        raise TitaError(f"layers with {', '.join(sorted(odd))} cannot follow a tree; train this model with TRL's own trainer")
+        raise TitaError(f"layers with {', '.join(sorted(odd))} cannot follow a tree; "
+                        "train this model with TRL's own trainer")
     return _fit(config._attn_implementation, mask, model.dtype)
 
 # %% ../../nbs/train/51_trees.ipynb #8ba31307
@@ -155,51 +162,79 @@ def label_logps(
     return logps.masked_fill(labels == -100, 0)
 
 # %% ../../nbs/train/51_trees.ipynb #a77e0002
+def _attention_inputs(config, mask: Tensor, dtype) -> tuple: # a layer, and its queries, keys and values
+    "What a layer of attention to a batch is given."
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    layer = torch.nn.Module()
+    layer.num_key_value_groups, layer.is_causal = heads // kv_heads, True
+    shapes = [(len(mask), h, mask.shape[-1], width) for h in (heads, kv_heads, kv_heads)]
+    return layer, [torch.randn(s, dtype=dtype, device=mask.device, requires_grad=True) for s in shapes]
+
+def _attend(kind: str, layer, qkv: list, fit) -> list[Tensor]:
+    "Output and gradients of a layer."
+    out = ALL_ATTENTION_FUNCTIONS[kind](layer, *qkv, fit, scaling=qkv[0].shape[-1]**-.5, dropout=0.)[0]
+    return [out, *torch.autograd.grad(out.square().sum(), qkv)]
+
+def _alike(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    "Equal but for rounding?"
+    near = lambda x, y: (x.float() - y.float()).norm() <= torch.finfo(x.dtype).eps**.5 * y.float().norm()
+    return all(near(x, y) for x, y in zip(ours, theirs))
+
+# %% ../../nbs/train/51_trees.ipynb #c0de0104
 def attention_seconds(
     config, # of the text model
     mask: Tensor, # (B, 1, T, T) of a batch
     dtype, # of keys and values
     kinds=("sdpa", "flex_attention"), # attention implementations of transformers, the one to trust first
     least: float=.2, # seconds to measure each for
-) -> dict[str, float]: # seconds of all layers, forward and backward, with the mask; infinite for a kind that does not run here, or whose output or gradients differ
+) -> dict[str, float]: # seconds of all layers, forward, backward and mask; infinite where it fails or differs
     "What attention to a batch of trees costs, by implementation."
     from torch.utils.benchmark import Timer
-    heads, kv = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    layer = torch.nn.Module()
-    layer.num_key_value_groups, layer.is_causal = heads // kv, True
-    q, k, v = (torch.randn(len(mask), h, mask.shape[-1], width, dtype=dtype, device=mask.device, requires_grad=True) for h in (heads, kv, kv))
-    def attend(kind, fit):
-        out = ALL_ATTENTION_FUNCTIONS[kind](layer, q, k, v, fit, scaling=width**-.5, dropout=0.)[0]
-        return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
-    def differs(a, b):
-        return not all((x.float() - y.float()).norm() <= torch.finfo(dtype).eps**.5 * y.float().norm() for x, y in zip(a, b))
+    layer, qkv = _attention_inputs(config, mask, dtype)
+    found, seconds = [], {}
     def median(f):
-        return Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=least).median
-    def seconds(kind):
-        fit = _fit(kind, mask, dtype)
-        try:
-            found.append(attend(kind, fit))
-        except Exception:
-            return math.inf  # a compiler that is missing, a width that it does not take, no backward
-        if differs(found[-1], found[0]):
-            return math.inf
-        return median(lambda: _fit(kind, mask, dtype)) + config.num_hidden_layers * median(lambda: attend(kind, fit))
-    found = []
+        timer = Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=least).median
     with torch.enable_grad():
-        return {kind: seconds(kind) for kind in kinds}
+        for kind in kinds:
+            fit, seconds[kind] = _fit(kind, mask, dtype), math.inf
+            with contextlib.suppress(Exception):  # no compiler, no such width, no backward
+                found.append(_attend(kind, layer, qkv, fit))
+                if _alike(found[-1], found[0]):
+                    once = median(lambda: _attend(kind, layer, qkv, fit))
+                    seconds[kind] = median(lambda: _fit(kind, mask, dtype)) + config.num_hidden_layers * once
+    return seconds
 
 # %% ../../nbs/train/51_trees.ipynb #96e453f4
 def as_messages(
     row: dict, # a pair row, or a row of TRL's vision data sets
     answers=("chosen", "rejected"), # names of its answers
 ) -> tuple[list, dict]: # images, and prompt and answers as messages
-    "One row in TRL's conversational form."
+    "One row in TRL's conversational form. Raises `TitaError` where images and their places in messages differ."
     say = lambda role, text: [dict(role=role, content=text)] if isinstance(text, str) else text
     images = row["images"] if "images" in row else row.get("image")
     images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
-    texts = {"prompt": say("user", row["prompt"])} | {a: say("assistant", row[a]) for a in answers}
-    return images, {k: prepare_multimodal_messages(v, images=images if k == "prompt" else None) for k, v in texts.items()}
+    try:
+        prompt = prepare_multimodal_messages(say("user", row["prompt"]), images=images)
+        return images, {"prompt": prompt} | {a: prepare_multimodal_messages(say("assistant", row[a])) for a in answers}
+    except ValueError as e:
+        raise TitaError(str(e)) from None
+
+# %% ../../nbs/train/51_trees.ipynb #c0de0101
+def _rendered(processor, messages: list, known: dict) -> str:
+    "The prompt as the template writes it, up to where the answer starts; each one once."
+    key = str([(m["role"], [part.get("text", part["type"]) for part in m["content"]]) for m in messages])
+    if key not in known:
+        known[key] = apply_chat_template({"prompt": messages}, processor)["prompt"]
+    return known[key]
+
+def _answer_text(messages: list) -> str:
+    "What is said in an answer."
+    if len(messages) != 1 or any("text" not in part for part in messages[0]["content"]):
+        raise TitaError("an answer is one message of text; put what was said before it into the prompt")
+    return "".join(part["text"] for part in messages[0]["content"])
 
 # %% ../../nbs/train/51_trees.ipynb #09fe0804
 def encode_rows(
@@ -208,23 +243,22 @@ def encode_rows(
     answers=("chosen", "rejected"), # names of the answers in a row
 ) -> list[dict]: # per row: image_ids, prompt_ids (a placeholder for each image), and NAME_ids for each answer
     "Tokenise all rows at once. Raises `TitaError` for a row whose images and placeholders do not match."
-    texts, numbers, seen = [], [], {}
-    def render(prompt, answer):
-        "As the template writes them; few questions and answers are new."
-        if (key := repr((prompt, answer))) not in seen:
-            seen[key] = apply_chat_template({"prompt": prompt, "completion": answer}, store.processor)
-        return seen[key]
+    prompts, texts, numbers = [], [], []
+    known = {}
     for i, row in enumerate(progress(rows, "reading rows", unit="row")):
-        images, messages = as_messages(row, answers)
+        try:
+            images, messages = as_messages(row, answers)
+            texts += [_answer_text(messages[a]) for a in answers]
+        except TitaError as e:
+            raise TitaError(f"row {i}: {e}") from None
         numbers.append([store.add(im, row.get("view", "clean"), row.get("view_seed", 0)) for im in images])
-        rendered = [render(messages["prompt"], messages[a]) for a in answers]
-        texts.append([rendered[0]["prompt"], *(r["completion"] for r in rendered)])
-    ids = store.processor.tokenizer([t for row in texts for t in row], add_special_tokens=False)["input_ids"] if texts else []
-    names, k = ["prompt_ids", *(f"{a}_ids" for a in answers)], 1 + len(answers)
-    out = [dict(zip(names, ids[k*i:k*(i+1)])) | {"image_ids": n} for i, n in enumerate(numbers)]
+        prompts.append(_rendered(store.processor, messages["prompt"], known))
+    ids = iter(answer_ids(store.processor, texts))
+    out = [{"prompt_ids": prompt} | {f"{a}_ids": next(ids) for a in answers} | {"image_ids": seen}
+           for prompt, seen in zip(prompt_ids(store.processor, prompts), numbers)]
     for i, row in enumerate(out):
-        if (found := row["prompt_ids"].count(store.token_id)) != len(row["image_ids"]):
-            raise TitaError(f"row {i}: {len(row['image_ids'])} images but {found} image tokens in its prompt; one <image> each")
+        if (found := row["prompt_ids"].count(store.token_id)) != (n := len(row["image_ids"])):
+            raise TitaError(f"row {i}: {n} images but {found} image tokens in its prompt; one <image> each")
     return out
 
 # %% ../../nbs/train/51_trees.ipynb #001d4fca
@@ -237,7 +271,8 @@ def mrope(
         return None
     def positions(ids, inputs):
         ids = torch.tensor([ids])
-        pos, _ = inner.get_rope_index(ids, mm_token_type_ids=(ids == inner.config.image_token_id).int(), image_grid_thw=inputs.get("image_grid_thw"))
+        kinds = (ids == inner.config.image_token_id).int()
+        pos, _ = inner.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=inputs.get("image_grid_thw"))
         return pos[:, 0].T.tolist()
     return positions
 
@@ -248,29 +283,32 @@ def expand(ids, tokens, token_id: int) -> list:
     return [t for i in ids for t in (next(tokens) if i == token_id else (i,))]
 
 # %% ../../nbs/train/51_trees.ipynb #9fac9295
+def _tree_of(row: dict, i: int, answer: str, share: str) -> tuple:
+    "Which tree a row's answer grows in: answers with the same key share it."
+    about = tuple(row["image_ids"]) or ("text", i)
+    return about + {"image": (), "pair": (i,), "none": (i, answer)}[share]
+
+# %% ../../nbs/train/51_trees.ipynb #c0de0107
 def grow_trees(
     rows, # of `encode_rows`
     store: ImageStore, # of their images
     answers=("chosen", "rejected"), # names of the answers
-    share: str="image", # what one tree holds: all rows about an "image", one row's "pair", or "none": each answer alone
+    share: str="image", # what a tree holds: all rows about an "image", a row's "pair", or "none": each answer alone
     positions=None, # of `mrope`
-) -> tuple: # trees; starts, as for `answer_index`; per answer and row, its line in what `answer_index` gives; images of each tree
+) -> tuple: # trees; starts, as for `answer_index`; per answer and row, its line there; images of each tree
     "Merge rows into trees."
-    groups = {}
+    members = {}  # of each tree: (answer, row)
     for i, row in enumerate(rows):
         for a in answers:
-            key = tuple(row["image_ids"]) + {"image": (), "pair": (i,), "none": (i, a)}[share]
-            groups.setdefault(key if row["image_ids"] or share != "image" else ("text", i), []).append((a, i))
-    trees, starts, images, line = [], [], [], {}
-    for members in groups.values():
-        numbers = rows[members[0][1]]["image_ids"]
+            members.setdefault(_tree_of(row, i, a, share), []).append((a, i))
+    images = [rows[first[0][1]]["image_ids"] for first in members.values()]
+    trees, starts = [], []
+    for numbers, group in zip(images, members.values()):
         tokens = [store.tokens(n) for n in numbers]
-        prompts = [expand(rows[i]["prompt_ids"], tokens, store.token_id) for _, i in members]
-        sequences = [p + rows[i][f"{a}_ids"] for p, (a, i) in zip(prompts, members)]
-        pos = positions and [positions(s, store.inputs(numbers, pixels=False)) for s in sequences]
-        trees.append(token_tree(sequences, pos))
-        starts.append([len(p) for p in prompts])
-        images.append(numbers)
-        for m in members:
-            line[m] = len(line)
+        prompts = [expand(rows[i]["prompt_ids"], tokens, store.token_id) for _, i in group]
+        sequences = [prompt + rows[i][f"{a}_ids"] for prompt, (a, i) in zip(prompts, group)]
+        at = positions and [positions(s, store.inputs(numbers, pixels=False)) for s in sequences]
+        trees.append(token_tree(sequences, at))
+        starts.append([len(prompt) for prompt in prompts])
+    line = {member: k for k, member in enumerate(m for group in members.values() for m in group)}
     return trees, starts, [[line[a, i] for i in range(len(rows))] for a in answers], images

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['THEMES', 'GROUND', 'OBJECTS', 'POPULAR', 'COLORS', 'WORDS', 'LETTERS', 'COUNTS', 'ICONS', 'SIZE', 'CELL', 'ASK',
-           'CHAT', 'draw_icon', 'fonts', 'scans', 'Question', 'Scene', 'near', 'draw_text', 'render', 'caption', 'ask',
-           'make_scenes', 'vocabulary', 'tiny_processor', 'tiny_model', 'tiny_pair', 'world_folder', 'load_models',
-           'load_strong']
+           'CHAT', 'SPECIAL', 'draw_icon', 'fonts', 'scans', 'Question', 'Scene', 'near', 'draw_text', 'render',
+           'caption', 'ask', 'make_scenes', 'vocabulary', 'tiny_processor', 'tiny_model', 'tiny_pair', 'world_folder',
+           'load_models', 'load_strong']
 
 # %% ../../nbs/world/01_embedded.ipynb #85883d89
 import functools, math, os, random
 from dataclasses import dataclass, field
 from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
-from ..core import TitaError, seed_for
+from ..core import TitaError, seed_for, shipped
 
 # %% ../../nbs/world/01_embedded.ipynb #ccfaddeb
 THEMES = {"beach": "ball boat fish star sun".split(), "town": "house car lamp tree flag".split(),
@@ -21,29 +21,53 @@ THEMES = {"beach": "ball boat fish star sun".split(), "town": "house car lamp tr
 GROUND = {"beach": (225, 205, 150), "town": (170, 190, 175), "desk": (190, 150, 115), "space": (45, 45, 85)}
 OBJECTS = [name for names in THEMES.values() for name in names]
 POPULAR = [name for names in THEMES.values() for name in names[:2]]
-COLORS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 60, 230), "yellow": (250, 220, 20), "white": (250, 250, 250), "black": (10, 10, 10)}
+COLORS = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 60, 230), "yellow": (250, 220, 20),
+          "white": (250, 250, 250), "black": (10, 10, 10)}
 WORDS = "lost dark old red cold wild".split(), "night city road heart wine snow".split()
 LETTERS = "abehkx"
 COUNTS = "zero one two three".split()
 
 # %% ../../nbs/world/01_embedded.ipynb #dcad3f92
-def _star(n, outer, inner):
-    return [(6 + r * math.sin(k * math.pi / n), 6 - r * math.cos(k * math.pi / n)) for k, r in enumerate([outer, inner] * n)]
-def _rays(n):
-    return [("line", (6 + 4 * math.cos(a), 6 + 4 * math.sin(a), 6 + 6 * math.cos(a), 6 + 6 * math.sin(a)), 1) for a in (2 * math.pi * k / n for k in range(n))]
+def _star(points: int, outer: float, inner: float) -> list: # corners, clockwise from the top
+    turns = [k * math.pi / points for k in range(2 * points)]
+    return [(6 + r * math.sin(a), 6 - r * math.cos(a)) for a, r in zip(turns, [outer, inner] * points)]
 
-ICONS = {  # (shape, box or points[, width of the line])
-    "ball": [("ellipse", (1, 1, 11, 11))], "boat": [("polygon", [(0, 7), (12, 7), (9, 12), (3, 12)]), ("polygon", [(6, 0), (6, 6), (11, 6)])],
-    "fish": [("ellipse", (0, 3, 8, 9)), ("polygon", [(7, 6), (12, 2), (12, 10)])], "star": [("polygon", _star(5, 6, 2.4))],
-    "sun": [("ellipse", (3, 3, 9, 9)), *_rays(8)], "house": [("rectangle", (2, 6, 10, 12)), ("polygon", [(0, 6), (6, 0), (12, 6)])],
-    "car": [("rectangle", (0, 5, 12, 9)), ("rectangle", (3, 2, 9, 5)), ("ellipse", (1, 8, 4, 12)), ("ellipse", (8, 8, 11, 12))],
-    "lamp": [("rectangle", (5, 4, 6, 12)), ("ellipse", (2, 0, 9, 5))], "tree": [("rectangle", (5, 8, 7, 12)), ("polygon", [(0, 8), (6, 0), (12, 8)])],
-    "flag": [("rectangle", (1, 0, 2, 12)), ("rectangle", (3, 0, 11, 6))], "cup": [("rectangle", (1, 3, 8, 11)), ("arc", (6, 4, 12, 10), 2)],
-    "book": [("rectangle", (0, 2, 5, 11)), ("rectangle", (7, 2, 12, 11))], "key": [("circle", (0, 3, 5, 8), 2), ("rectangle", (5, 5, 12, 6)), ("rectangle", (9, 6, 10, 9))],
-    "clock": [("circle", (0, 0, 12, 12), 1), ("line", (6, 6, 6, 2), 1), ("line", (6, 6, 9, 6), 1)], "pen": [("line", (1, 11, 11, 1), 3)],
-    "moon": [("chord", (0, 0, 12, 12))], "ring": [("circle", (1, 1, 11, 11), 3)],
-    "rocket": [("rectangle", (4, 3, 8, 10)), ("polygon", [(4, 3), (6, 0), (8, 3)]), ("polygon", [(1, 12), (4, 8), (4, 12)]), ("polygon", [(11, 12), (8, 8), (8, 12)])],
-    "cross": [("rectangle", (5, 0, 7, 12)), ("rectangle", (0, 5, 12, 7))], "gem": [("polygon", [(6, 0), (12, 6), (6, 12), (0, 6)])]}
+def _ray(angle: float) -> tuple:
+    x, y = math.cos(angle), math.sin(angle)
+    return "line", (6 + 4 * x, 6 + 4 * y, 6 + 6 * x, 6 + 6 * y), 1
+
+def _rays(n: int) -> list:
+    return [_ray(2 * math.pi * k / n) for k in range(n)]
+
+# %% ../../nbs/world/01_embedded.ipynb #c6a90f2e
+ICONS = {  # name -> strokes: (shape, box or points[, width of the line])
+    "ball": [("ellipse", (1, 1, 11, 11))],
+    "boat": [("polygon", [(0, 7), (12, 7), (9, 12), (3, 12)]), ("polygon", [(6, 0), (6, 6), (11, 6)])],
+    "fish": [("ellipse", (0, 3, 8, 9)), ("polygon", [(7, 6), (12, 2), (12, 10)])],
+    "star": [("polygon", _star(5, 6, 2.4))],
+    "sun": [("ellipse", (3, 3, 9, 9)), *_rays(8)],
+    "house": [("rectangle", (2, 6, 10, 12)), ("polygon", [(0, 6), (6, 0), (12, 6)])],
+    "car": [("rectangle", (0, 5, 12, 9)), ("rectangle", (3, 2, 9, 5)), ("ellipse", (1, 8, 4, 12)),
+            ("ellipse", (8, 8, 11, 12))],
+    "lamp": [("rectangle", (5, 4, 6, 12)), ("ellipse", (2, 0, 9, 5))],
+    "tree": [("rectangle", (5, 8, 7, 12)), ("polygon", [(0, 8), (6, 0), (12, 8)])],
+    "flag": [("rectangle", (1, 0, 2, 12)), ("rectangle", (3, 0, 11, 6))],
+    "cup": [("rectangle", (1, 3, 8, 11)), ("arc", (6, 4, 12, 10), 2)],
+    "book": [("rectangle", (0, 2, 5, 11)), ("rectangle", (7, 2, 12, 11))],
+    "key": [("circle", (0, 3, 5, 8), 2), ("rectangle", (5, 5, 12, 6)), ("rectangle", (9, 6, 10, 9))],
+    "clock": [("circle", (0, 0, 12, 12), 1), ("line", (6, 6, 6, 2), 1), ("line", (6, 6, 9, 6), 1)],
+    "pen": [("line", (1, 11, 11, 1), 3)],
+}
+
+# %% ../../nbs/world/01_embedded.ipynb #d18e4f73
+ICONS |= {
+    "moon": [("chord", (0, 0, 12, 12))],
+    "ring": [("circle", (1, 1, 11, 11), 3)],
+    "rocket": [("rectangle", (4, 3, 8, 10)), ("polygon", [(4, 3), (6, 0), (8, 3)]),
+               ("polygon", [(1, 12), (4, 8), (4, 12)]), ("polygon", [(11, 12), (8, 8), (8, 12)])],
+    "cross": [("rectangle", (5, 0, 7, 12)), ("rectangle", (0, 5, 12, 7))],
+    "gem": [("polygon", [(6, 0), (12, 6), (6, 12), (0, 6)])],
+}
 
 # %% ../../nbs/world/01_embedded.ipynb #6b9b01c8
 def draw_icon(
@@ -54,7 +78,10 @@ def draw_icon(
 ):
     "Draw one object on a 12 pixel square."
     for shape, at, *width in ICONS[name]:
-        at = [(x + a, y + b) for a, b in at] if shape == "polygon" else [v + (x, y)[i % 2] for i, v in enumerate(at)]
+        if shape == "polygon":
+            at = [(x + a, y + b) for a, b in at]
+        else:
+            at = [v + (x, y)[i % 2] for i, v in enumerate(at)]
         if shape == "line":
             draw.line(at, fill=color, width=width[0])
         elif shape == "circle":
@@ -67,13 +94,15 @@ def draw_icon(
             getattr(draw, shape)(at, fill=color)
 
 # %% ../../nbs/world/01_embedded.ipynb #d3293a73
+_FACES = ("DejaVuSans-Bold", 10), ("DejaVuSerif", 10), ("DejaVuSansMono", 10), ("STIXGeneral", 13) # name, size
+
 @functools.lru_cache(maxsize=None)
 def fonts() -> list:
     "Five fonts that carry capitals of about the same height."
     import importlib.util
     ttf = Path(importlib.util.find_spec("matplotlib").submodule_search_locations[0])/"mpl-data/fonts/ttf"
-    return [ImageFont.load_default(size=12)] + [ImageFont.truetype(str(ttf/f"{name}.ttf"), size) for name, size in
-        (("DejaVuSans-Bold", 10), ("DejaVuSerif", 10), ("DejaVuSansMono", 10), ("STIXGeneral", 13))]
+    carried = [ImageFont.truetype(str(ttf/f"{name}.ttf"), size) for name, size in _FACES]
+    return [ImageFont.load_default(size=12), *carried]
 
 @functools.lru_cache(maxsize=None)
 def scans() -> dict:
@@ -83,7 +112,8 @@ def scans() -> dict:
     parts = {}
     for i, (pixels, digit) in enumerate(zip(data.images, data.target)):
         split = "train" if i < 1200 else "valid" if i < 1300 else "test"
-        parts.setdefault(split, {}).setdefault(int(digit), []).append(Image.fromarray((pixels * 15.9).astype("uint8")).resize((14, 14), Image.BICUBIC))
+        mask = Image.fromarray((pixels * 15.9).astype("uint8")).resize((14, 14), Image.BICUBIC)
+        parts.setdefault(split, {}).setdefault(int(digit), []).append(mask)
     return parts
 
 # %% ../../nbs/world/01_embedded.ipynb #56174c02
@@ -96,8 +126,15 @@ class Question:
 
 # %% ../../nbs/world/01_embedded.ipynb #31b5d8f6
 SIZE, CELL = 80, 16
-ASK = {"caption": "Describe the image.", "pope": "Is there a {} in the image?", "color": "What color is the {}?", "count": "How many {} icons are there?",
-       "text": "What does the sign say?", "house": "What is the house number?", "plate": "What is on the licence plate?"}
+ASK = {
+    "caption": "Describe the image.",
+    "pope": "Is there a {} in the image?",
+    "color": "What color is the {}?",
+    "count": "How many {} icons are there?",
+    "text": "What does the sign say?",
+    "house": "What is the house number?",
+    "plate": "What is on the licence plate?",
+}
 
 @dataclass
 class Scene:
@@ -116,10 +153,8 @@ class Scene:
         return list(self.things)
 
 # %% ../../nbs/world/01_embedded.ipynb #3334acd7
-def _draw_scene(seed, split, theme=None, biased=False):
-    "Decide what is in one scene."
-    rng = random.Random(seed)
-    theme = theme or rng.choice(list(THEMES))
+def _draw_things(rng, theme: str, biased: bool) -> dict: # name -> (color, how often)
+    "Up to nine objects in at most fifteen cells. In a biased scene they follow the theme, and colours the object."
     inside, outside = (.8, .05) if biased else (.4, .12)
     def wanted(o):
         return (inside if o in THEMES[theme] else outside) * (1.15 if o in POPULAR else .9)
@@ -127,13 +162,22 @@ def _draw_scene(seed, split, theme=None, biased=False):
     rng.shuffle(names)
     things, room = {}, 15
     for o in sorted(names[:9], key=OBJECTS.index):
-        color = list(COLORS)[OBJECTS.index(o) % 6] if biased and rng.random() < .4 else rng.choice(list(COLORS))
+        usual = biased and rng.random() < .4
+        color = list(COLORS)[OBJECTS.index(o) % 6] if usual else rng.choice(list(COLORS))
         things[o] = color, min(rng.choice((1, 1, 2, 2, 3)), room - 8 + len(things))
         room -= things[o][1]
+    return things
+
+def _draw_scene(seed, split, theme=None, biased=False) -> Scene:
+    "Decide what is in one scene."
+    rng = random.Random(seed)
+    theme = theme or rng.choice(list(THEMES))
+    things = _draw_things(rng, theme, biased)
     i = rng.randrange(6)
     j = i if biased and rng.random() < .6 else rng.randrange(6)
-    digits = [str(rng.randrange(10)) for _ in range(4)]
-    return Scene(seed, split, theme, things, (WORDS[0][i], WORDS[1][j]), "".join(digits[:2]), rng.choice(LETTERS) + "".join(digits[2:]))
+    digits = "".join(str(rng.randrange(10)) for _ in range(4))
+    sign, plate = (WORDS[0][i], WORDS[1][j]), rng.choice(LETTERS) + digits[2:]
+    return Scene(seed, split, theme, things, sign, digits[:2], plate)
 
 # %% ../../nbs/world/01_embedded.ipynb #a034fd0a
 def near(rng, color, by: int) -> tuple:
@@ -155,9 +199,12 @@ def draw_text(
     draw.rectangle((32, 64, 79, 79), fill=near(rng, (215, 225, 245), 8))
     draw.text((40, 72), plate[0].upper(), fill=(20, 20, 40), font=font, anchor="mm")
     for k, word in enumerate(sign):
-        draw.text((k * 40 + 2 + rng.randint(0, 2), 55.5 + rng.random()), word.upper(), fill=(0, 0, 0), font=font, anchor="lm")
+        at = k * 40 + 2 + rng.randint(0, 2), 55.5 + rng.random()
+        draw.text(at, word.upper(), fill=(0, 0, 0), font=font, anchor="lm")
     for digit, x in zip(house + plate[1:], (1, 16, 49, 65)):
-        im.paste(near(rng, (40, 40, 60), 25), (x + rng.randint(-1, 1), 65 + rng.randint(-1, 1)), rng.choice(scans()[split][int(digit)]))
+        ink = near(rng, (40, 40, 60), 25)
+        at = x + rng.randint(-1, 1), 65 + rng.randint(-1, 1)
+        im.paste(ink, at, rng.choice(scans()[split][int(digit)]))
 
 # %% ../../nbs/world/01_embedded.ipynb #b625747d
 def render(
@@ -172,7 +219,8 @@ def render(
     cells = iter(cells)
     for name, (color, times) in scene.things.items():
         for _, (a, b) in zip(range(times), cells):
-            draw_icon(draw, name, a * CELL + 2 + rng.randint(-2, 2), b * CELL + 2 + rng.randint(-2, 2), near(rng, COLORS[color], 15))
+            x, y = (CELL * at + 2 + rng.randint(-2, 2) for at in (a, b))
+            draw_icon(draw, name, x, y, near(rng, COLORS[color], 15))
     draw_text(im, rng, scene.split, scene.sign, scene.house, scene.plate)
     return im
 
@@ -184,21 +232,32 @@ def caption(things: dict) -> str:
     "A description that names the objects, with their colours."
     return " , ".join(f"a {color} {name}" for name, (color, _) in things.items()) + " ."
 
-def ask(scene: Scene, per_kind: int = 2) -> list[Question]:
-    "The questions about a scene, with their answers."
-    rng = random.Random(scene.seed + 2)
+def _presence(rng, scene: Scene, per_kind: int) -> list[Question]:
+    "POPE's three splits: what is there is asked in each, and as many things that are not."
     there = scene.objects
     absent = [o for o in OBJECTS if o not in there]
-    pools = {"random": absent, "popular": [o for o in absent if o in POPULAR], "adversarial": [o for o in absent if o in THEMES[scene.theme]]}
+    pools = {"random": absent, "popular": [o for o in absent if o in POPULAR],
+             "adversarial": [o for o in absent if o in THEMES[scene.theme]]}
     k = min(per_kind, len(there), *map(len, pools.values()))
-    yes = rng.sample(there, k)
-    out = [Question(ASK["caption"], caption(scene.things), "caption")]
+    yes, out = rng.sample(there, k), []
     for split, pool in pools.items():
         for answer, names in ("yes", yes), ("no", rng.sample(pool, k)):
             out += [Question(ASK["pope"].format(o), answer, f"pope_{split}", o) for o in names]
-    o, p = rng.choice(there), rng.choice(there)
-    return out + [Question(ASK["color"].format(o), scene.things[o][0], "color", o), Question(ASK["count"].format(p), COUNTS[scene.things[p][1]], "count", p),
-        Question(ASK["text"], " ".join(scene.sign), "text"), Question(ASK["house"], " ".join(scene.house), "number"), Question(ASK["plate"], " ".join(scene.plate), "number")]
+    return out
+
+# %% ../../nbs/world/01_embedded.ipynb #a4f5318c
+def ask(scene: Scene, per_kind: int = 2) -> list[Question]:
+    "The questions about a scene, with their answers."
+    rng = random.Random(scene.seed + 2)
+    presence = _presence(rng, scene, per_kind)
+    colored, counted = rng.choice(scene.objects), rng.choice(scene.objects)
+    return [
+        Question(ASK["caption"], caption(scene.things), "caption"), *presence,
+        Question(ASK["color"].format(colored), scene.things[colored][0], "color", colored),
+        Question(ASK["count"].format(counted), COUNTS[scene.things[counted][1]], "count", counted),
+        Question(ASK["text"], " ".join(scene.sign), "text"),
+        Question(ASK["house"], " ".join(scene.house), "number"),
+        Question(ASK["plate"], " ".join(scene.plate), "number")]
 
 Scene.questions = functools.cached_property(ask)
 Scene.questions.__set_name__(Scene, "questions")
@@ -216,28 +275,41 @@ def make_scenes(
     return [_draw_scene(seed_for("scene", split, biased, seed, i), split, biased=biased) for i in range(n)]
 
 # %% ../../nbs/world/01_embedded.ipynb #7e135f92
-CHAT = ("{% for m in messages %}{% if m['role'] == 'assistant' %}ASSISTANT: {% else %}{{ bos_token if loop.first else '' }}USER: {% endif %}"
-        "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
-        "{{ eos_token if m['role'] == 'assistant' else ' ' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+CHAT = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}ASSISTANT: {% else %}{{ bos_token if loop.first else '' }}USER: {% endif %}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ eos_token if m['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:"]
 
 def vocabulary() -> dict:
     "Every word of the world, after the special tokens."
-    text = " ".join([*ASK.values(), *OBJECTS, *COLORS, *WORDS[0], *WORDS[1], *COUNTS, *LETTERS, *"0123456789", "yes no a , ."])
+    named = [*OBJECTS, *COLORS, *WORDS[0], *WORDS[1], *COUNTS, *LETTERS, *"0123456789"]
+    text = " ".join([*ASK.values(), *named, "yes no a , ."])
     words = sorted(set(text.replace("{}", " ").replace("?", " ? ").replace(".", " . ").split()))
-    return {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:", *words])}
+    return {w: i for i, w in enumerate([*SPECIAL, *words])}
 
 # %% ../../nbs/world/01_embedded.ipynb #601d9248
-def tiny_processor():
-    "The world's `LlavaProcessor`: 80 pixel images in 16 pixel patches, a token a word."
+def _tokenizer():
+    "A token a word."
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
     core = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.add_special_tokens([AddedToken(t, lstrip=True, rstrip=True) for t in ("<pad>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:")])
-    tok = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+    core.add_special_tokens([AddedToken(t, lstrip=True, rstrip=True) for t in SPECIAL if t != "<unk>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"}, padding_side="left", model_max_length=512)
+
+def tiny_processor():
+    "The world's `LlavaProcessor`: 80 pixel images in 16 pixel patches, a token a word."
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
     images = CLIPImageProcessorPil(size={"height": SIZE, "width": SIZE}, do_center_crop=False)
-    return LlavaProcessor(images, tok, patch_size=CELL, vision_feature_select_strategy="default", chat_template=CHAT, image_token="<image>", num_additional_image_tokens=1)
+    return LlavaProcessor(
+        images, _tokenizer(), patch_size=CELL, vision_feature_select_strategy="default", chat_template=CHAT,
+        image_token="<image>", num_additional_image_tokens=1)
 
 # %% ../../nbs/world/01_embedded.ipynb #1fe4cb30
 def tiny_model(
@@ -250,29 +322,38 @@ def tiny_model(
     "An untrained LLaVA of the world's size."
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-    vocab = vocabulary()
+    vocab, four_heads = vocabulary(), dict(num_attention_heads=4)
+    ids = dict(pad_token_id=vocab["<pad>"], bos_token_id=vocab["<s>"], eos_token_id=vocab["</s>"])
+    vision = CLIPVisionConfig(
+        hidden_size=vision_hidden, intermediate_size=2 * vision_hidden, num_hidden_layers=vision_layers,
+        image_size=SIZE, patch_size=CELL, projection_dim=vision_hidden, **four_heads)
+    text = LlamaConfig(
+        vocab_size=len(vocab), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=False, **ids, **four_heads)
+    both = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=vocab["<image>"], vision_feature_layer=-1,
+        vision_feature_select_strategy="default", image_seq_length=(SIZE // CELL) ** 2)
     torch.manual_seed(seed)
-    vision = CLIPVisionConfig(hidden_size=vision_hidden, intermediate_size=2 * vision_hidden, num_hidden_layers=vision_layers, num_attention_heads=4, image_size=SIZE, patch_size=CELL, projection_dim=vision_hidden)
-    text = LlamaConfig(vocab_size=len(vocab), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=512, pad_token_id=vocab["<pad>"], bos_token_id=vocab["<s>"], eos_token_id=vocab["</s>"], tie_word_embeddings=False)
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=vocab["<image>"], vision_feature_layer=-1,
-        vision_feature_select_strategy="default", image_seq_length=(SIZE // CELL) ** 2)).eval()
+    return LlavaForConditionalGeneration(both).eval()
 
+# %% ../../nbs/world/01_embedded.ipynb #f37d20b9
 def tiny_pair(seed: int = 0, hidden=(64, 64), layers=(6, 2)):
     "An untrained base and reward with their processor: same classes as the trained pair, made in memory."
-    return tiny_model(hidden[0], layers[0], seed=seed), tiny_model(hidden[1], layers[1], seed=seed + 50), tiny_processor()
+    base = tiny_model(hidden[0], layers[0], seed=seed)
+    return base, tiny_model(hidden[1], layers[1], seed=seed + 50), tiny_processor()
 
 # %% ../../nbs/world/01_embedded.ipynb #956d8a03
 def world_folder() -> Path:
-    "Where the trained models are: TITA_WORLD, or data/world beside the package."
-    return Path(os.environ.get("TITA_WORLD") or Path(globals().get("__file__", "../../tita/world/embedded.py")).resolve().parent.parent.parent/"data"/"world")
+    "Where the trained models are: TITA_WORLD, or what came with the package."
+    return Path(os.environ.get("TITA_WORLD") or shipped("world"))
 
 def _load(seed, name):
     import torch
     from transformers import AutoModelForImageTextToText
     folder = world_folder()/f"seed{seed}"/name
     if not (folder/"config.json").is_file():
-        raise TitaError(f"{folder}: no trained model here; seeds are 0, 1 and 2, and `python scripts/build_world.py --seed {seed}` makes them")
+        cure = f"seeds are 0, 1 and 2, and `python scripts/build_world.py --seed {seed}` makes them"
+        raise TitaError(f"{folder}: no trained model here; {cure}")
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 # %% ../../nbs/world/01_embedded.ipynb #f603aca6
@@ -281,7 +362,8 @@ def load_models(
 ): # base, reward (before DPO) and their processor; float32, evaluation mode
     "The frozen pair of the embedded world."
     from transformers import AutoProcessor
-    return _load(seed, "base"), _load(seed, "reward"), AutoProcessor.from_pretrained(world_folder()/f"seed{seed}"/"base")
+    base, reward = _load(seed, "base"), _load(seed, "reward")
+    return base, reward, AutoProcessor.from_pretrained(world_folder()/f"seed{seed}"/"base")
 
 def load_strong(seed: int = 0):
     "The stronger base of the same seed."
