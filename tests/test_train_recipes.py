@@ -61,6 +61,22 @@ def test_paths_of_a_recipe_count_from_the_repository(name, monkeypatch, tmp_path
     assert Path(settings["deepspeed"]).is_file() and settings["output_dir"].startswith(f"{ROOT}/checkpoints/")
 
 
+def test_paths_of_a_run_count_from_the_repository(tmp_path, monkeypatch):
+    "In the YAML of a run notebook; what is no path stays as it is."
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from run_notebook import mapping
+    (tmp_path / "repository/.git").mkdir(parents=True)
+    (tmp_path / "repository/data").mkdir()
+    (tmp_path / "repository/data/a.jsonl").touch()
+    file = tmp_path / "repository/p.yaml"
+    file.write_text("out: runs/a\npairs: data/a.jsonl data/b.jsonl\nmodel: hub/name\nmethod: dpo\nepochs: 2\n")
+    root = file.resolve().parent
+    wanted = dict(out=f"{root}/runs/a", pairs=f"{root}/data/a.jsonl data/b.jsonl", model="hub/name", method="dpo")
+    wanted["epochs"] = 2
+    monkeypatch.chdir(tmp_path)
+    assert mapping("repository/p.yaml") == wanted
+
+
 def texts(rows, *names):
     return sorted(tuple(row[n] if n != "image" else Path(row["image"]).name for n in names) for row in rows)
 
