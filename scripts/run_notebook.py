@@ -73,7 +73,20 @@ def mapping(
         raise ValueError(f"{file}: no YAML ({' '.join(str(e).split())})") from None
     if not isinstance(found or {}, dict):
         raise ValueError(f"{file}: a mapping of parameter names to values is needed")
-    return found or {}
+    folder = Path(file).resolve().parent
+    root = next((p for p in (folder, *folder.parents) if (p/".git").exists() or (p/"settings.ini").exists()), folder)
+    return {name: placed(root, name, value) for name, value in (found or {}).items()}
+
+def placed(
+    root: Path, # the repository of a YAML file, or its folder
+    name: str, # a parameter
+    value, # as the file has it
+): # the same; the relative paths in a text made absolute
+    "Paths in a YAML file count from its repository, wherever the notebook runs: `out`, and what is there by that name."
+    if not isinstance(value, str):
+        return value
+    paths = [name == "out" or "/" in word and (root/word).exists() for word in value.split(" ")]
+    return " ".join(str(root/word) if is_path else word for word, is_path in zip(value.split(" "), paths))
 
 def parameters(
     notebook: str, # the notebook to run

@@ -1,4 +1,4 @@
-"""Training as its users start it: every recipe in scripts/params/train, whatever tita-data and the seeds write, and what a mistake costs."""
+"""Training as users start it: every recipe in scripts/params/train, what tita-data writes, and what a mistake costs."""
 import json
 from pathlib import Path
 
@@ -46,8 +46,8 @@ def test_every_recipe_trains(name, folder, written, monkeypatch, tmp_path):
     "As it stands, from another folder, but for DeepSpeed, which has its own tests."
     monkeypatch.chdir(tmp_path)
     out = tmp_path / name
-    argv = ["--config", str(RECIPES[name]), *arguments(folder, written, name), "--deepspeed", "", "--output_dir", str(out)]
-    main([METHOD[name], *argv])
+    tiny = arguments(folder, written, name)
+    main([METHOD[name], "--config", str(RECIPES[name]), *tiny, "--deepspeed", "", "--output_dir", str(out)])
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["steps"] == 2 and all(0 < loss < 20 for loss in losses(out))
     assert (out / "adapter_model.safetensors").exists() or weights(out)
@@ -59,6 +59,22 @@ def test_paths_of_a_recipe_count_from_the_repository(name, monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     settings = read_settings(RECIPES[name])
     assert Path(settings["deepspeed"]).is_file() and settings["output_dir"].startswith(f"{ROOT}/checkpoints/")
+
+
+def test_paths_of_a_run_count_from_the_repository(tmp_path, monkeypatch):
+    "In the YAML of a run notebook; what is no path stays as it is."
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from run_notebook import mapping
+    (tmp_path / "repository/.git").mkdir(parents=True)
+    (tmp_path / "repository/data").mkdir()
+    (tmp_path / "repository/data/a.jsonl").touch()
+    file = tmp_path / "repository/p.yaml"
+    file.write_text("out: runs/a\npairs: data/a.jsonl data/b.jsonl\nmodel: hub/name\nmethod: dpo\nepochs: 2\n")
+    root = file.resolve().parent
+    wanted = dict(out=f"{root}/runs/a", pairs=f"{root}/data/a.jsonl data/b.jsonl", model="hub/name", method="dpo")
+    wanted["epochs"] = 2
+    monkeypatch.chdir(tmp_path)
+    assert mapping("repository/p.yaml") == wanted
 
 
 def texts(rows, *names):
@@ -85,7 +101,8 @@ def test_pairs_that_tita_data_writes_train(to, folder, written, tmp_path):
 def test_answers_that_tita_data_writes_train(to, folder, written, tmp_path):
     rows = training_rows(written[to], folder / "images", ("completion",))
     assert len(rows) == (48 if to == "steerlm" else 24)
-    main(["sft", *flags(folder, "unused", "--max_steps", 1, "--output_dir", tmp_path / "run", "--pairs", written[to])[1:]])
+    argv = flags(folder, "unused", "--max_steps", 1, "--output_dir", tmp_path / "run", "--pairs", written[to])
+    main(["sft", *argv[1:]])
     assert json.loads((tmp_path / "run/metrics.json").read_text())["steps"] == 1
 
 
@@ -120,7 +137,8 @@ def test_mistakes_are_told_before_a_model_is_loaded(folder, tmp_path, capsys, mo
     monkeypatch.setattr(tita.train.recipes, "load_parts", lambda *args: pytest.fail("a model was loaded"))
     pair = dict(image="0.png", prompt="?", chosen="a", rejected="b")
     (folder / "images/torn.png").write_text("no image")
-    files = dict(equal=pair | dict(rejected="a"), torn=pair | dict(image="torn.png"), lost=pair | dict(image="lost.png"))
+    files = dict(equal=pair | dict(rejected="a"))
+    files |= dict(torn=pair | dict(image="torn.png"), lost=pair | dict(image="lost.png"))
     for name, row in files.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "used").mkdir()
@@ -158,7 +176,8 @@ def test_one_bad_row_costs_itself(folder, tmp_path, capsys):
 
 def test_progress_is_quiet_where_it_is_asked_to_be(folder, tmp_path):
     "No library's bar is left, with a held-out pass and all."
-    argv = flags(folder, "unused", "--output_dir", tmp_path / "run", "--max_steps", 2, "--eval_pairs", folder / "pairs.jsonl")
+    held_out = ["--eval_pairs", folder / "pairs.jsonl"]
+    argv = flags(folder, "unused", "--output_dir", tmp_path / "run", "--max_steps", 2, *held_out)
     code, text = finish(start(argv, TITA_PROGRESS="0", TQDM_DISABLE=""))
     assert code == 0 and "%|" not in text and "it/s" not in text and "?it" not in text, text
 
@@ -169,7 +188,8 @@ def test_help_shows_ours_first(method, capsys):
     short = capsys.readouterr().out
     main([method, "--help-all"])
     full = capsys.readouterr().out
-    assert len(short.splitlines()) < 140 and short.index("--pairs") < short.index("--share") < short.index("--learning_rate")
+    assert short.index("--pairs") < short.index("--share") < short.index("--learning_rate")
+    assert len(short.splitlines()) < 140
     assert "--adam_beta1" not in short and "--adam_beta1" in full and len(full.splitlines()) > 400
     assert "--help-all" in short
 

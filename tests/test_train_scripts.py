@@ -1,4 +1,4 @@
-"""run_dpo.sh and slurm_dpo.sh as a user starts them, from start to saved weights: every recipe with the DeepSpeed that it asks for, on a CPU."""
+"""run_dpo.sh and slurm_dpo.sh as users start them, to saved weights: every recipe with its DeepSpeed, on a CPU."""
 import json
 import os
 import subprocess
@@ -88,7 +88,8 @@ def test_slurm_script(folder, written, tmp_path):
         (tmp_path / "bin" / name).chmod(0o755)
     pairs, more = settings(folder, written, "seva_7b_diffusion500")
     env = dict(PARAMS=str(RECIPES["seva_7b_diffusion500"]), PAIRS=pairs, IMAGES=str(folder / "images"))
-    env |= dict(PATH=f"{tmp_path / 'bin'}:{ROOT / '.venv/bin'}:{os.environ['PATH']}", PYTHONPATH=str(ROOT), TITA_PROGRESS="0")
+    path = f"{tmp_path / 'bin'}:{ROOT / '.venv/bin'}:{os.environ['PATH']}"
+    env |= dict(PATH=path, PYTHONPATH=str(ROOT), TITA_PROGRESS="0")
     for restarts in "0", "1":
         env |= dict(DS_ACCELERATOR="cpu", SLURM_RESTART_COUNT=restarts, MASTER_PORT=str(free_port()))
         command = ["sbatch", "scripts/slurm_dpo.sh", *map(str, more), "--output_dir", str(tmp_path / "run")]
@@ -100,7 +101,8 @@ def test_slurm_script(folder, written, tmp_path):
 
 
 def test_deepspeed_without_a_launcher_is_one_process(folder, tmp_path):
-    settings = ["--deepspeed", ROOT / "scripts/deepspeed/zero2.json", "--max_steps", 2, "--output_dir", tmp_path / "run"]
+    settings = ["--deepspeed", ROOT / "scripts/deepspeed/zero2.json", "--max_steps", 2]
+    settings += ["--output_dir", tmp_path / "run"]
     code, text = finish(start(flags(folder, "unused", *settings), DS_ACCELERATOR="cpu"), LIMIT)
     assert code == 0 and "DeepSpeed with one process" in text, text[-4000:]
     assert json.loads((tmp_path / "run/metrics.json").read_text())["processes"] == 1

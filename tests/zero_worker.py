@@ -1,6 +1,7 @@
-"""One of several processes: an SGD step of TRL's DPOTrainer and of ours under DeepSpeed, for two families, with and without LoRA. With a rate of 1 the step is the gradient.
+"""One of several processes: an SGD step of TRL's DPOTrainer and of ours under DeepSpeed, for two families, with and
+without LoRA. With a rate of 1 the step is the gradient.
 
-    torchrun --nproc_per_node 2 tests/zero_worker.py STAGE FOLDER        writes FOLDER/STAGE.json: how far the two are apart
+    torchrun --nproc_per_node 2 tests/zero_worker.py STAGE FOLDER   writes FOLDER/STAGE.json: how far they are apart
 """
 import copy, json, os, sys
 from pathlib import Path
@@ -13,20 +14,15 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, DPOTrainer
 from tita.train.dpo import PrefixSharedDPOConfig, PrefixSharedDPOTrainer
-from test_train import as_dataset, rows, tiny_llava, tiny_qwen
+from test_train import ADAPTER, as_dataset, freeze_tower, moved, rows, tiny_llava, tiny_qwen
 
 stage, folder = sys.argv[1], Path(sys.argv[2])
-zero = dict(zero_optimization=dict(stage=int(stage[-1])), zero_allow_untested_optimizer=True, train_batch_size="auto", train_micro_batch_size_per_gpu="auto", gradient_accumulation_steps="auto", gradient_clipping="auto")
-
-
-def noised(model, scale=0.02):
-    "The same model a little elsewhere, so that a policy differs from its reference."
-    model = copy.deepcopy(model)
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += scale * torch.randn(p.shape, generator=g)
-    return model
+zero = dict(zero_optimization=dict(stage=int(stage[-1])), zero_allow_untested_optimizer=True, train_batch_size="auto",
+    train_micro_batch_size_per_gpu="auto", gradient_accumulation_steps="auto", gradient_clipping="auto")
+usual = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], per_device_train_batch_size=3,
+    max_steps=1, learning_rate=1.0, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0, optim="sgd",
+    train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", disable_tqdm=True,
+    dataloader_pin_memory=False)
 
 
 class Keep(TrainerCallback):
@@ -52,16 +48,17 @@ def step(kind, build, lora):
     "One step; loss, margin, and the gradient of each weight."
     unset_hf_deepspeed_config()  # of the step before: under ZeRO-3 models would be born in parts
     model, processor = build()
-    policy = noised(model)
+    policy = moved(model)
     keep = Keep()
     torch.manual_seed(0)
-    for n, p in policy.named_parameters():
-        p.requires_grad_("vision_tower" not in n and not ("visual" in n and "merger" not in n))
-    peft = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False) if lora else None
-    usual = dict(output_dir=str(folder / kind), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], per_device_train_batch_size=3, max_steps=1, learning_rate=1.0, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0,
-        optim="sgd", deepspeed=copy.deepcopy(zero), train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
-    given = dict(ref_model=None if lora else copy.deepcopy(model), train_dataset=as_dataset(rows()), processing_class=processor, peft_config=peft, callbacks=[keep])
-    trainer = DPOTrainer(model=policy, args=DPOConfig(max_length=None, **usual), **given) if kind == "trl" else PrefixSharedDPOTrainer(model=policy, args=PrefixSharedDPOConfig(**usual), **given)
+    freeze_tower(policy)
+    settings = usual | dict(output_dir=str(folder / kind), deepspeed=copy.deepcopy(zero))
+    given = dict(model=policy, ref_model=None if lora else copy.deepcopy(model), train_dataset=as_dataset(rows()))
+    given |= dict(processing_class=processor, peft_config=LoraConfig(**ADAPTER) if lora else None, callbacks=[keep])
+    if kind == "trl":
+        trainer = DPOTrainer(args=DPOConfig(max_length=None, **settings), **given)
+    else:
+        trainer = PrefixSharedDPOTrainer(args=PrefixSharedDPOConfig(**settings), **given)
     assert trainer.is_deepspeed_enabled
     trainer.train()
     history = next(h for h in trainer.state.log_history if "loss" in h)
@@ -69,14 +66,22 @@ def step(kind, build, lora):
     return loss, history["rewards/margins"], {n: before[n] - after[n] for n in before}
 
 
+def far_apart(one, other) -> dict:
+    "How far two steps are apart."
+    loss, margin, gradient = one
+    other_loss, other_margin, other_gradient = other
+    scale = max(g.abs().max() for g in gradient.values()).item()
+    gap = max((gradient[n] - other_gradient[n]).abs().max() for n in gradient if n in other_gradient).item()
+    return dict(loss=abs(loss - other_loss) / abs(loss), margin=abs(margin - other_margin), gradient=gap / scale,
+        names=sorted(gradient) == sorted(other_gradient), scale=scale, weights=len(gradient))
+
+
 if __name__ == "__main__":
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     found = {}
     for build in tiny_llava, tiny_qwen:
         for lora in False, True:
-            (l1, m1, g1), (l2, m2, g2) = step("trl", build, lora), step("ours", build, lora)
-            scale = max(g.abs().max() for g in g1.values())
-            found[f"{build.__name__}{'_lora' if lora else ''}"] = dict(loss=abs(l1 - l2) / abs(l1), margin=abs(m1 - m2), names=sorted(g1) == sorted(g2), scale=scale.item(), weights=len(g1),
-                gradient=max((g1[n] - g2[n]).abs().max() for n in g1 if n in g2).item() / scale.item())
+            name = f"{build.__name__}{'_lora' if lora else ''}"
+            found[name] = far_apart(step("trl", build, lora), step("ours", build, lora))
     if int(os.environ.get("RANK", 0)) == 0:
         (folder / f"{stage}.json").write_text(json.dumps(found, indent=1))

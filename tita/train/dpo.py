@@ -185,33 +185,39 @@ def _option(default, text: str, *choices):
 @dataclass
 class TreeOptions:
     "What concerns images, trees and the machine; to be mixed into a TRL config."
-    share: str = field(default="image", metadata={"help": "What shares a prefix: all rows about an 'image', the answers of a 'pair', or 'none'.", "choices": ["image", "pair", "none"]})
-    freeze_vision: bool = field(default=True, metadata={"help": "Do not train the vision tower; its features are then computed once per image."})
-    freeze_projector: bool = field(default=False, metadata={"help": "Do not train the projector either."})
-    projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector, if it differs."})
-    image_pad: bool = field(default=False, metadata={"help": "Pad images to a square before they are resized (LLaVA-1.5's image_aspect_ratio pad)."})
-    too_long: str = field(default="error", metadata={"help": "What to do with rows longer than max_length (or the model's context): 'error' or 'drop'. Nothing is ever cut.", "choices": ["error", "drop"]})
-    feature_cache_gb: float = field(default=4.0, metadata={"help": "GiB of main memory for features of the frozen tower; the rest lies in memory-mapped files below TMPDIR."})
-    image_cache_gb: float = field(default=1.0, metadata={"help": "Main memory for processed images, in GiB."})
-    max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; None: the model's context."})
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Compute activations twice to save memory. None: on a GPU only."})
-    bf16: bool | None = field(default=None, metadata={"help": "Mixed precision in bfloat16. None: on a GPU that has it."})
-    measure_attention: bool | None = field(default=None, metadata={"help": "Measure on the first batch whether FlexAttention is faster than SDPA, and take what is. None: on a GPU, unless attn_implementation names one."})
+    share: str = _option("image", "What shares a prefix: rows about an 'image', answers of a 'pair', or 'none'.",
+        "image", "pair", "none")
+    freeze_vision: bool = _option(True, "Do not train the vision tower; it then sees each image once.")
+    freeze_projector: bool = _option(False, "Do not train the projector either.")
+    projector_lr: float | None = _option(None, "Learning rate of the projector, if it differs.")
+    image_pad: bool = _option(False, "Pad images to a square before they are resized, as LLaVA-1.5 does.")
+    too_long: str = _option("error", "What to do with rows over --max_length: 'error' or 'drop'. None is ever cut.",
+        "error", "drop")
+    feature_cache_gb: float = _option(4.0, "GiB of main memory for features of the frozen tower; the rest lies in"
+        " memory-mapped files below TMPDIR.")
+    image_cache_gb: float = _option(1.0, "Main memory for processed images, in GiB.")
+    max_length: int | None = _option(None, "Longest row in tokens. None: the model's context.")
+    gradient_checkpointing: bool | None = _option(None, "Compute activations twice, for memory. None: on a GPU only.")
+    bf16: bool | None = _option(None, "Mixed precision in bfloat16. None: on a GPU that has it.")
+    measure_attention: bool | None = _option(None, "Measure on the first batch whether FlexAttention beats SDPA."
+        " None: on a GPU, unless --attn_implementation names one.")
 
-    def __post_init__(self):
-        gpu = torch.cuda.is_available() and not self.use_cpu
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.bf16 is None:
-            self.bf16 = gpu and torch.cuda.is_bf16_supported() and not self.fp16
-        if self.gradient_checkpointing is None:
-            self.gradient_checkpointing = gpu
-        if self.measure_attention is None:
-            self.measure_attention = gpu
-        if not gpu:
-            self.dataloader_pin_memory = False
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers has renamed an option that TRL sets
-            super().__post_init__()
+# %% ../../nbs/train/52_dpo.ipynb #52d0a005
+@patch
+def __post_init__(self: TreeOptions):
+    gpu = torch.cuda.is_available() and not self.use_cpu
+    self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+    if self.bf16 is None:
+        self.bf16 = gpu and torch.cuda.is_bf16_supported() and not self.fp16
+    if self.gradient_checkpointing is None:
+        self.gradient_checkpointing = gpu
+    if self.measure_attention is None:
+        self.measure_attention = gpu
+    if not gpu:
+        self.dataloader_pin_memory = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers has renamed an option that TRL sets
+        super(TreeOptions, self).__post_init__()
 
 # %% ../../nbs/train/52_dpo.ipynb #53b80751
 @dataclass
@@ -343,8 +349,10 @@ class TreeForward:
         freeze_vision(model, args.freeze_vision, args.freeze_projector)
         self.store = store or ImageStore(processor, image_root, int(args.image_cache_gb * 2**30), args.image_pad)
         self.cache = TowerCache(model, int(args.feature_cache_gb * 2**30), self.store)
-        args.max_length = args.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        return TreeCollator(self.store, processor.tokenizer.pad_token_id or 0, args.share, mrope(model), lambda: self.cache.complete(len(self.store)), answers)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        args.max_length = args.max_length or context
+        return TreeCollator(self.store, processor.tokenizer.pad_token_id or 0, args.share, mrope(model),
+            lambda: self.cache.complete(len(self.store)), answers)
 
     def _tree_forward(self, model, tree, **kwargs):
         "Called in place of the model; what comes out of its head is for the answers' tokens alone."
@@ -375,6 +383,12 @@ def _set_signature_columns_if_needed(self: TreeForward):
     self._signature_columns = list({*self._signature_columns, *tokens, "image_ids", self.args.length_column_name})
 
 # %% ../../nbs/train/52_dpo.ipynb #52d0a00c
+@patch
+def train(self: TreeForward, *args, **kwargs):
+    if self.args.gradient_checkpointing_kwargs:
+        self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
+    return super(TreeForward, self).train(*args, **kwargs)
+
 @patch
 def create_optimizer(self: TreeForward, model=None):
     optimizer = super(TreeForward, self).create_optimizer(model)

@@ -48,6 +48,8 @@ def _file_rows(file, images, answers) -> list[dict]:
 def _row_in_memory(row: dict, number: int, folder: ImageFolder|None, answers) -> dict:
     "A row that somebody made, its image found."
     from tita.train.dpo import fault, place_of
+    if "prompt" not in row and "text" in row:
+        row = row | {"prompt": row["text"]}  # a question row
     if answers == ("completion",):
         row = row | {"completion": row.get("completion", row.get("answer", row.get("chosen")))}
     why = fault(row, answers)
