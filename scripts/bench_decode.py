@@ -75,8 +75,8 @@ class FullPrefix(AlignedLogitsProcessor):
 class ByLot(SpeculativeEngine):
     "Drafts are accepted by lot, at a given rate: for weights that agree on nothing."
     rate_by_lot = .8
-    def _pick(self, scores, drafted, a, b, proposals=None):
-        tokens = super()._pick(scores, drafted, a, b, proposals)
+    def _pick(self, scores, drafted, a, b, proposals=None, ahead=0):
+        tokens = super()._pick(scores, drafted, a, b, proposals, ahead)
         lot = torch.rand(tokens.shape) < self.rate_by_lot
         self.hits = lot
         return tokens if proposals is None else torch.where(lot, proposals.cpu(), (proposals.cpu() + 1) % self.vocab)
@@ -150,8 +150,8 @@ def cached(e) -> int:
 
 def counted(engines: list) -> dict:
     "What engines' runs say beside their time: forwards of a row, bytes of weights and caches that are read, drafts."
-    total = lambda k: sum(getattr(e, k, 0) for e in engines)
-    tokens = max(1, total("produced"))
+    total = lambda k: sum(getattr(getattr(e, "speculated", None), k, 0) for e in engines)
+    tokens = max(1, sum(e.produced for e in engines))
     experts = [x for e in engines for x in e.experts]
     out = dict(base_forwards_per_token=sum(e.experts[0].counts.row_forwards for e in engines) / tokens, bytes_per_token=sum(x.counts.forwards * weights(x) + x.counts.read * cached(x) for x in experts) / tokens)
     out["other_forwards_per_token"] = sum(x.counts.row_forwards for x in experts) / tokens - out["base_forwards_per_token"]
