@@ -23,7 +23,9 @@ from tita.decode.pace import Pace, expected_tokens
 from tita.decode.speculation import SpeculativeEngine
 
 # hidden, layers, heads, key-value heads, feed-forward; vocabularies as in LLaVA-1.5
-SHAPES = {"tiny": (64, 4, 4, 4, 160), "small": (256, 8, 4, 4, 640), "1.4b": (2048, 22, 32, 4, 5632), "3b": (2560, 32, 32, 32, 6912), "7b": (4096, 32, 32, 32, 11008), "13b": (5120, 40, 40, 40, 13824)}
+SHAPES = {
+    "tiny": (64, 4, 4, 4, 160), "small": (256, 8, 4, 4, 640), "1.4b": (2048, 22, 32, 4, 5632),
+    "3b": (2560, 32, 32, 32, 6912), "7b": (4096, 32, 32, 32, 11008), "13b": (5120, 40, 40, 40, 13824)}
 
 
 def random_model(shape: str, like, device: str, dtype, vocab: int):
@@ -34,7 +36,8 @@ def random_model(shape: str, like, device: str, dtype, vocab: int):
     hidden, layers, heads, kv, ff = SHAPES[shape]
     config = LlavaConfig(**like.config.to_dict())
     t = config.text_config
-    t.hidden_size, t.num_hidden_layers, t.num_attention_heads, t.num_key_value_heads, t.intermediate_size, t.head_dim, t.vocab_size, t.max_position_embeddings = hidden, layers, heads, kv, ff, hidden // heads, vocab, 4096
+    t.update(dict(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
+        intermediate_size=ff, head_dim=hidden // heads, vocab_size=vocab, max_position_embeddings=4096))
     with torch.device(device):
         return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
 
@@ -75,8 +78,8 @@ class FullPrefix(AlignedLogitsProcessor):
 class ByLot(SpeculativeEngine):
     "Drafts are accepted by lot, at a given rate: for weights that agree on nothing."
     rate_by_lot = .8
-    def _pick(self, scores, drafted, a, b, proposals=None):
-        tokens = super()._pick(scores, drafted, a, b, proposals)
+    def _pick(self, scores, drafted, a, b, proposals=None, ahead=0):
+        tokens = super()._pick(scores, drafted, a, b, proposals, ahead)
         lot = torch.rand(tokens.shape) < self.rate_by_lot
         self.hits = lot
         return tokens if proposals is None else torch.where(lot, proposals.cpu(), (proposals.cpu() + 1) % self.vocab)
@@ -105,7 +108,8 @@ def engine_run(dec, pairs, new: int, draft, by_lot: float | None, eos=None):
     "Run the engine; what it counted."
     if by_lot is not None and draft != 0:
         ByLot.rate_by_lot = by_lot
-        e = ByLot(dec.experts, dec.encoders, dec.guidance, len(pairs), dec.n_rewards, 0, (), .25, dec.leader, draft=draft, pace=dec.pace)
+        parts = dec.experts, dec.encoders, dec.guidance, len(pairs), dec.n_rewards, 0, (), .25, dec.leader
+        e = ByLot(*parts, draft=draft, pace=dec.pace)
     else:
         e = dec.engine(len(pairs), draft=draft)
     e.submit([Row(i, q, [im], dec._sampling(eos=eos, max_new_tokens=new), 0) for i, (im, q) in enumerate(pairs)])
@@ -150,11 +154,14 @@ def cached(e) -> int:
 
 def counted(engines: list) -> dict:
     "What engines' runs say beside their time: forwards of a row, bytes of weights and caches that are read, drafts."
-    total = lambda k: sum(getattr(e, k, 0) for e in engines)
-    tokens = max(1, total("produced"))
+    total = lambda k: sum(getattr(getattr(e, "speculated", None), k, 0) for e in engines)
+    tokens = max(1, sum(e.produced for e in engines))
     experts = [x for e in engines for x in e.experts]
-    out = dict(base_forwards_per_token=sum(e.experts[0].counts.row_forwards for e in engines) / tokens, bytes_per_token=sum(x.counts.forwards * weights(x) + x.counts.read * cached(x) for x in experts) / tokens)
-    out["other_forwards_per_token"] = sum(x.counts.row_forwards for x in experts) / tokens - out["base_forwards_per_token"]
+    of_base = sum(e.experts[0].counts.row_forwards for e in engines)
+    of_all = sum(x.counts.row_forwards for x in experts)
+    bytes_read = sum(x.counts.forwards * weights(x) + x.counts.read * cached(x) for x in experts)
+    out = dict(base_forwards_per_token=of_base / tokens, bytes_per_token=bytes_read / tokens)
+    out["other_forwards_per_token"] = (of_all - of_base) / tokens
     if total("drafted"):
         out["acceptance"] = total("accepted") / total("drafted")
     if total("answered"):

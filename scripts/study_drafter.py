@@ -96,7 +96,7 @@ def measure(dec, drafters: dict, images, lengths: list[int], new: int, rounds: i
     for w in ways:
         if w[1]:
             assert [t for t, _ in last[w]] == answers, w  # whoever drafts, the answers are the same
-    return [dict(drafter=n, k=k, accepted=sum(e.accepted for _, e in last[n, k]) / sum(e.drafted for _, e in last[n, k]),
+    return [dict(drafter=n, k=k, accepted=sum(e.speculated.accepted for _, e in last[n, k]) / sum(e.speculated.drafted for _, e in last[n, k]),
         over_base=statistics.median(b / s for b, s in zip(seconds["base only", 0], seconds[n, k]))) for n, k in ways if k]
 
 

@@ -1,7 +1,8 @@
-"""A device that is not the host, on any machine: tensors that say they are elsewhere, hold real numbers, and refuse what a GPU would refuse.
+"""A device that is not the host, on any machine: tensors that say they are elsewhere and hold real numbers.
 
-Mixing devices is an error, as on a GPU (numbers and indices from the host are allowed there, too). What would make a host wait for
-a GPU is counted: asking for a number, copying to the host, copying from ordinary memory without `non_blocking`.
+They refuse what a GPU would refuse. Mixing devices is an error, as on a GPU (numbers and indices from the host are
+allowed there, too). What would make a host wait for a GPU is counted: asking for a number, copying to the host, copying
+from ordinary memory without `non_blocking`.
 """
 import contextlib
 
@@ -18,7 +19,8 @@ class FarTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
     @staticmethod
     def __new__(cls, near):
-        return torch.Tensor._make_wrapper_subclass(cls, near.size(), strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype, device=FAR, requires_grad=False)
+        layout = dict(strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype)
+        return torch.Tensor._make_wrapper_subclass(cls, near.size(), **layout, device=FAR, requires_grad=False)
     def __init__(self, near):
         self.near = near
     def tolist(self):
@@ -52,7 +54,7 @@ def call(func, args, kwargs):
         free = tree_leaves(args[1]) if name.startswith("index") and len(args) > 1 else []
         for x in leaves:
             if not isinstance(x, FarTensor) and x.ndim and not any(x is f for f in free):
-                raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found {tuple(x.shape)} on the host")
+                raise RuntimeError(f"{name}: expected tensors on the same device; {tuple(x.shape)} is on the host")
         for f in free:
             if torch.is_tensor(f) and not isinstance(f, FarTensor):
                 waits(f"{name} with an index from the host")
@@ -62,10 +64,13 @@ def call(func, args, kwargs):
         waits(name)
     there = bool(far) if at is None else at == FAR
     if name in ("_to_copy", "to") and at is not None and there != bool(far):
-        (there and (kwargs.get("non_blocking") or any(a is True for a in args))) or waits("a copy to the host" if far else "a copy from ordinary memory")
+        free = there and (kwargs.get("non_blocking") or any(a is True for a in args))
+        free or waits("a copy to the host" if far else "a copy from ordinary memory")
     if name == "copy_":
         there = isinstance(args[0], FarTensor)
-        isinstance(args[0], FarTensor) == isinstance(args[1], FarTensor) or (there and (kwargs.get("non_blocking") or len(args) > 2 and args[2])) or waits("a copy between devices")
+        same = isinstance(args[0], FarTensor) == isinstance(args[1], FarTensor)
+        free = there and (kwargs.get("non_blocking") or len(args) > 2 and args[2])
+        same or free or waits("a copy between devices")
     wrapped = {id(x.near): x for x in far}
     near = lambda x: x.near if isinstance(x, FarTensor) else torch.device("cpu") if isinstance(x, torch.device) else x
     args, kwargs = tree_map(near, (args, kwargs))
@@ -82,16 +87,27 @@ class Elsewhere(TorchDispatchMode):
         return call(func, args, kwargs or {})
 
 
+def sent(p):
+    "A weight or buffer on the far device."
+    if isinstance(p, torch.nn.Parameter):
+        return torch.nn.Parameter(FarTensor(p.detach()), requires_grad=False)
+    return FarTensor(p)
+
+
 @contextlib.contextmanager
 def elsewhere(*models):
     "Within it the models' weights lie on the far device."
-    tensor, kept = torch.tensor, [(table, n, p) for model in models for m in model.modules() for table in (m._parameters, m._buffers) for n, p in table.items() if p is not None]
+    tables = [table for model in models for m in model.modules() for table in (m._parameters, m._buffers)]
+    tensor, kept = torch.tensor, [(table, n, p) for table in tables for n, p in table.items() if p is not None]
+    def tensor_sent(*args, device=None, **kwargs):
+        made = tensor(*args, **kwargs)
+        return made if device is None else made.to(device)
     try:
         with torch.inference_mode():
-            far = {id(p): torch.nn.Parameter(FarTensor(p.detach()), requires_grad=False) if isinstance(p, torch.nn.Parameter) else FarTensor(p) for *_, p in kept}
+            far = {id(p): sent(p) for *_, p in kept}
             for table, n, p in kept:
                 table[n] = far[id(p)]
-            torch.tensor = lambda *args, device=None, **kwargs: tensor(*args, **kwargs).to(device) if device is not None else tensor(*args, **kwargs)  # it would make memory there by itself
+            torch.tensor = tensor_sent  # it would make memory there by itself
             with Elsewhere():
                 yield
     finally:

@@ -1,4 +1,4 @@
-"Decoding on a device that is not the host, as on a GPU: nothing is mixed up, and the host does not wait inside a block."
+"Decoding on a device that is not the host, as on a GPU: nothing is mixed up; inside a block the host does not wait."
 import pytest
 import torch
 from tita.decode.decoder import AlignedDecoder
@@ -32,14 +32,19 @@ def far_decoder(form, record, **kwargs):
 def test_the_device_refuses_what_a_gpu_refuses():
     with elsewhere(BASE):
         x = torch.arange(3, device=FAR) + 1
-        assert isinstance(x, FarTensor) and x.device == FAR and BASE.device == FAR and x.cpu().tolist() == [1, 2, 3] and x[1:].cpu().tolist() == [2, 3]
+        assert isinstance(x, FarTensor) and x.device == FAR and BASE.device == FAR
+        assert x.cpu().tolist() == [1, 2, 3] and x[1:].cpu().tolist() == [2, 3]
         with pytest.raises(RuntimeError, match="same device"):
             x + torch.ones(3)
         assert (x + torch.tensor(1)).cpu().tolist() == [2, 3, 4]
-        for wait, f in ((1, lambda: int(x.max())), (1, lambda: x.cpu()), (1, lambda: torch.ones(3).to(FAR)), (0, lambda: torch.ones(3).to(FAR, non_blocking=True)), (1, lambda: x[x > 1]), (1, lambda: x[torch.tensor([0])]), (0, lambda: x[torch.arange(2, device=FAR)]), (0, lambda: x.softmax(-1, torch.float))):
+        ordinary, index = torch.ones(3), torch.tensor([0])
+        waiting = (lambda: int(x.max()), lambda: x.cpu(), lambda: ordinary.to(FAR), lambda: x[x > 1], lambda: x[index])
+        free = (lambda: ordinary.to(FAR, non_blocking=True), lambda: x[torch.arange(2, device=FAR)],
+                lambda: x.softmax(-1, torch.float))
+        for f in (*waiting, *free):
             before = waits.count
             f()
-            assert waits.count - before >= 1 if wait else waits.count == before
+            assert waits.count - before >= 1 if f in waiting else waits.count == before
     assert not isinstance(BASE.lm_head.weight.data, FarTensor)
 
 
@@ -61,20 +66,28 @@ def test_the_same_answers(form):
 
 
 def test_other_ways_there():
-    "The safe default, scores of given answers, a stream, the base alone, transformers' own generate, M-RoPE, and a batch of trees."
+    "The safe default, scores of answers, a stream, the base alone, transformers' generate, M-RoPE, a batch of trees."
     images, questions = prompts(4)
     make = lambda **kw: AlignedDecoder(BASE, REWARD, PROCESSOR, REF, **kw)
     x = dict(PROCESSOR(text=chat_prompt(PROCESSOR, questions[0]), images=images[0], return_tensors="pt"))
     qwen, processor = family("qwen2.5-vl", 3, 0), HandProcessor("qwen2.5-vl")
     reward = near(qwen, .05)
     sized = [images[0], images[1].resize((48, 64))]
-    trees, starts = [token_tree([[5, 6, 7, 8, 9], [5, 6, 7, 10]]), token_tree([[5, 6, 7, 8, 9, 11], [5, 6, 9]])], [[2, 2], [2, 2]]
+    trees = [token_tree([[5, 6, 7, 8, 9], [5, 6, 7, 10]]), token_tree([[5, 6, 7, 8, 9, 11], [5, 6, 9]])]
+    starts = [[2, 2], [2, 2]]
     def ways(there):
         inputs = {k: v.to(there) for k, v in x.items()}
         answers = said(make(**SAFE), images, questions, max_new_tokens=10)
-        return dict(safe=answers, scored=Said(make().score(images, questions, texts)), streamed="".join(make().stream(images[0], questions[0], max_new_tokens=10)), alone=said(make().alone(), images, questions, max_new_tokens=10),
-            generate=BASE.generate(**inputs, max_new_tokens=8, do_sample=False, custom_generate=aligned, decoder=make(), reward_inputs=inputs).tolist(),
-            qwen=said(AlignedDecoder(qwen, reward, processor, form="interpolate", lam=.7), sized, ["Describe the image."] * 2, max_new_tokens=6, draft=3), trees=tree_logits(BASE, trees, starts)[0].detach().cpu().round(decimals=3).tolist())
+        custom = dict(custom_generate=aligned, decoder=make(), reward_inputs=inputs)
+        mrope = AlignedDecoder(qwen, reward, processor, form="interpolate", lam=.7)
+        logits = tree_logits(BASE, trees, starts)[0].detach().cpu()
+        return dict(
+            safe=answers, scored=Said(make().score(images, questions, texts)),
+            streamed="".join(make().stream(images[0], questions[0], max_new_tokens=10)),
+            alone=said(make().alone(), images, questions, max_new_tokens=10),
+            generate=BASE.generate(**inputs, max_new_tokens=8, do_sample=False, **custom).tolist(),
+            qwen=said(mrope, sized, ["Describe the image."] * 2, max_new_tokens=6, draft=3),
+            trees=logits.round(decimals=3).tolist())
     texts = [o.text for o in make().generate(images, questions, max_new_tokens=6)]
     here = ways("cpu")
     with elsewhere(BASE, REWARD, REF, qwen, reward):
@@ -84,7 +97,7 @@ def test_other_ways_there():
 
 
 def test_the_host_does_not_wait_inside_a_block(monkeypatch):
-    "From the first draft to the verified logits nothing is asked of the device, greedy or not, recorded or not; then a few numbers are read."
+    "From the first draft to the verified logits nothing is asked of the device, greedy or not, recorded or not."
     images, questions = prompts(5)
     inside, forward, strict = [False], Expert.forward, []
     def no_waits(f, when=lambda: True):

@@ -10,7 +10,8 @@ from tita.models import chat_prompt
 from tita.world.embedded import make_scenes
 from test_decode import BASE, FORMS, PROCESSOR, REF, REWARD, HandProcessor, decoder, family, near, prompts
 
-SETTINGS = [dict(draft=0), dict(draft=3), dict(draft="lazy"), dict(draft="auto"), dict(draft=2, temperature=1., top_p=.9, seed=3), dict(draft=0, repetition_penalty=1.3), dict(draft=3, stop="a")]
+SETTINGS = [*(dict(draft=d) for d in (0, 3, "lazy", "auto")), dict(draft=2, temperature=1., top_p=.9, seed=3),
+            dict(draft=0, repetition_penalty=1.3), dict(draft=3, stop="a")]
 
 
 def taped(d):
@@ -27,7 +28,9 @@ def taped(d):
 class Said(list):
     "Answers: equal if their tokens are, and their rewards but for rounding."
     def __eq__(self, other):
-        return [o.tokens for o in self] == [o.tokens for o in other] and all(r == pytest.approx(s, abs=2e-3) for r, s in zip([o.rewards for o in self], [o.rewards for o in other]))
+        pairs = list(zip(self, other))
+        near = all(a.tokens == b.tokens and a.rewards == pytest.approx(b.rewards, abs=2e-3) for a, b in pairs)
+        return near and len(self) == len(other)
     def __getitem__(self, i):
         return Said(super().__getitem__(i))
 
@@ -36,15 +39,23 @@ def said(d, images, questions, **kwargs):
     return Said(d.generate(images, questions, **kwargs))
 
 
+def replayed(d):
+    "Were forwards replayed, and none given up?"
+    graphs = [e.spare[0].graphs for e in d.experts]
+    return not any(g.off for g in graphs) and any(g.replays for g in graphs)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_recording_says_the_same(form):
     "Every form and mode; one row, many ragged ones, and more than there are slots."
     images, questions = prompts(9)
-    for slots, settings in [(None, s) for s in SETTINGS] + [(4, dict(draft=3)), (3, dict(draft="auto", temperature=.7))]:
+    few_slots = [(4, dict(draft=3)), (3, dict(draft="auto", temperature=.7))]
+    for slots, settings in [(None, s) for s in SETTINGS] + few_slots:
         plain, (tape, made) = decoder(form, bound=1.5, slots=slots), taped(decoder(form, bound=1.5, slots=slots))
-        assert said(tape, images, questions, max_new_tokens=14, **settings) == said(plain, images, questions, max_new_tokens=14, **settings), settings
-        assert made and not any(e.spare[0].graphs.off for e in tape.experts) and any(e.spare[0].graphs.replays for e in tape.experts)
-        assert said(tape, images[:1], questions[:1], max_new_tokens=14, **settings) == said(plain, images[:1], questions[:1], max_new_tokens=14, **settings)
+        for part in (slice(None), slice(1)):
+            found, want = (said(d, images[part], questions[part], max_new_tokens=14, **settings) for d in (tape, plain))
+            assert found == want, settings
+            assert made and replayed(tape)
 
 
 def test_rows_grow_through_several_recordings():
@@ -64,11 +75,13 @@ def test_families_on_a_tape(name):
     "Queries that share keys, and positions that a constant shifts."
     base, processor = family(name, 3, 0), HandProcessor(name)
     a, b, _ = (s.image for s in make_scenes(3))
-    images, questions = [a, b.resize((48, 64)), b.resize((48, 64))], ["Describe the image."] * 2 + ["What color is the star?"]
+    images = [a, b.resize((48, 64)), b.resize((48, 64))]
+    questions = ["Describe the image."] * 2 + ["What color is the star?"]
     for draft in (0, 3):
         plain = AlignedDecoder(base, near(base, .05), processor, near(base, .1), lam=2.)
         tape, made = taped(AlignedDecoder(base, plain.rewards[0], processor, plain.references[0], lam=2.))
-        assert said(tape, images, questions, max_new_tokens=8, draft=draft) == said(plain, images, questions, max_new_tokens=8, draft=draft) and made
+        found, want = (said(d, images, questions, max_new_tokens=8, draft=draft) for d in (tape, plain))
+        assert found == want and made
 
 
 def test_the_next_call_uses_the_recordings():
@@ -84,7 +97,8 @@ def test_the_next_call_uses_the_recordings():
             for l in e.spare[0].layers:
                 l.keys.fill_(float("nan"))
                 l.values.fill_(float("nan"))
-    assert said(tape, images[:3], questions[:3], max_new_tokens=12, draft=3) == want[:3] and len(made) == n and tape.experts[0].spare == [cache]
+    assert said(tape, images[:3], questions[:3], max_new_tokens=12, draft=3) == want[:3]
+    assert len(made) == n and tape.experts[0].spare == [cache]
     assert said(tape, images, questions, max_new_tokens=12, draft=3) == want and tape.experts[0].spare[0].rows == 6
     one, two = tape.engine(2), tape.engine(2)
     assert one.experts[0].cache is not two.experts[0].cache
@@ -99,10 +113,14 @@ def test_weights_that_move_are_recorded_anew():
     d = AlignedDecoder(base, REWARD, PROCESSOR, REF)
     tape, made = taped(AlignedDecoder(base, REWARD, PROCESSOR, REF))
     images, questions = prompts(2)
-    for change in (lambda: None, lambda: base.lm_head.weight.data.mul_(-1), lambda: [setattr(p, "data", p.data.clone()) for p in base.parameters()], lambda: base.get_decoder().layers[1].mlp.up_proj.weight.data.mul_(-1)):
+    changes = (lambda: None, lambda: base.lm_head.weight.data.mul_(-1),
+               lambda: [setattr(p, "data", p.data.clone()) for p in base.parameters()],
+               lambda: base.get_decoder().layers[1].mlp.up_proj.weight.data.mul_(-1))
+    for change in changes:
         change()
         for _ in range(2):
-            assert said(tape, images, questions, max_new_tokens=8, draft=0) == said(d, images, questions, max_new_tokens=8, draft=0)
+            found, want = (said(x, images, questions, max_new_tokens=8, draft=0) for x in (tape, d))
+            assert found == want
 
 
 def test_a_recording_that_fails_is_left_alone():
@@ -123,7 +141,8 @@ def test_generate_of_transformers_on_a_tape():
     x = PROCESSOR(text=chat_prompt(PROCESSOR, questions[0]), images=images[0], return_tensors="pt")
     out = []
     for d in (decoder("ratio"), taped(decoder("ratio"))[0]):
-        out.append(BASE.generate(**x, max_new_tokens=12, do_sample=False, custom_generate=aligned, decoder=d, reward_inputs=x))
+        how = dict(max_new_tokens=12, do_sample=False, custom_generate=aligned, decoder=d, reward_inputs=x)
+        out.append(BASE.generate(**x, **how))
     assert torch.equal(*out)
 
 
@@ -147,8 +166,9 @@ def test_cuda_graphs_say_the_same(form, on_gpu):
     for settings in SETTINGS:
         eager, graphs = decoder(form, bound=1.5, graphs=False), decoder(form, bound=1.5)
         assert all(e.record is record_cuda for e in graphs.experts)
-        assert said(graphs, images, questions, max_new_tokens=14, **settings) == said(eager, images, questions, max_new_tokens=14, **settings), settings
-        assert not any(e.spare[0].graphs.off for e in graphs.experts) and any(e.spare[0].graphs.replays for e in graphs.experts)
+        found, want = (said(d, images, questions, max_new_tokens=14, **settings) for d in (graphs, eager))
+        assert found == want, settings
+        assert replayed(graphs)
 
 
 @pytest.mark.gpu

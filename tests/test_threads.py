@@ -1,4 +1,4 @@
-"Several threads decode with the same models at once: each gets what it would get alone, and the models stay as they were."
+"Several threads decode with the same models at once: each gets what it would get alone, the models stay as they were."
 import sys
 import threading
 
@@ -27,8 +27,9 @@ def lively(model, seed):
 
 def models():
     "A base, a reward and a reference that share its tower, and a reward with an adapter in language model and tower."
-    base, reward, ref, tuned = (lively(tiny_model(32, 2, vision_hidden=32, vision_layers=2), seed) for seed in range(4))
-    for m in (reward, ref, tuned):
+    base, *others = (lively(tiny_model(32, 2, vision_hidden=32, vision_layers=2), seed) for seed in range(4))
+    reward, ref, tuned = others
+    for m in others:
         m.model.vision_tower.load_state_dict(base.model.vision_tower.state_dict())
     targets = r".*(language_model|vision_tower).*(q_proj|v_proj|out_proj)"
     lora = get_peft_model(tuned, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
@@ -107,7 +108,7 @@ def test_threads_get_what_each_would_get_alone():
     start = threading.Barrier(6)
 
     def work(seed):
-        own = jobs(made if seed % 2 else decoders(*all_models))  # the same decoders in some threads, others over the same models
+        own = jobs(made if seed % 2 else decoders(*all_models))  # shared decoders in some threads, own ones in others
         names = list(own)
         start.wait()
         for i in range(ROUNDS * len(names)):

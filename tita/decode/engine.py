@@ -360,6 +360,7 @@ def _pick(self: Engine,
     drafted: Tensor | None, # (m, J, V) of the drafter
     a: int, b: int, # the slots
     proposals: Tensor | None = None, # (m, J) what the drafter drew, where it already has
+    ahead: int = 0, # tokens of the rows that stand before these and are not noted yet
 ) -> Tensor: # (m, J) on the host
     "The next J tokens of each row, each as if the ones before it were right."
     if self._greedy():
@@ -375,7 +376,7 @@ def _pick(self: Engine,
         dev = at.to(scores.device)
         flat = lambda x: (x if all_ else x[dev]).reshape(len(at) * J, -1)
         p = self._warp(s, flat(scores), (a + at).tolist() if s.repetition_penalty != 1 or self.processors else [])
-        seeds, t = self.seed[a + at].repeat_interleave(J).to(p.device), (self.count[a + at, None] + torch.arange(J)).flatten().to(p.device)
+        seeds, t = self.seed[a + at].repeat_interleave(J).to(p.device), (self.count[a + at, None] + ahead + torch.arange(J)).flatten().to(p.device)
         x = None if proposals is None else flat(proposals)[:, 0]
         if not s.temperature:
             new = p.argmax(-1)

@@ -73,7 +73,7 @@ def without_adapter(
 
 def _refuse_merged(model):
     if any(hasattr(m, "_disable_adapters") and getattr(m, "merged", False) for m in model.modules()):
-        raise TitaError("the adapter is merged into the weights: there is no model without it; call `unmerge_adapter()`")
+        raise TitaError("the adapter is merged into the weights and cannot be switched off; call `unmerge_adapter()`")
 
 # %% ../../nbs/decode/14_experts.ipynb #e4a70006
 @dataclass

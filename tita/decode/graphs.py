@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -34,7 +35,7 @@ def _pool(device):
 def record_cuda(
     f: Callable, # of tensors on a GPU; may be called more than once
     inputs: list[Tensor],
-) -> tuple[Callable, list[Tensor], Tensor]: # what replays it, the memory that it reads its inputs from, and where its output will be
+) -> tuple[Callable, list[Tensor], Tensor]: # what replays it, the memory of its inputs, and that of its output
     "Record a function as a CUDA graph. Raises `RuntimeError` if it needs the host."
     inputs, device, graph = [x.clone() for x in inputs], inputs[0].device, torch.cuda.CUDAGraph()
     now, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
@@ -48,15 +49,16 @@ def record_cuda(
 
 # %% ../../nbs/decode/10_graphs.ipynb #b4e19d3a
 class Tape(TorchDispatchMode):
-    "Notes the operations that run within it, as a CUDA graph does. Raises `TitaError` for one that would need the host."
-    host = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "argwhere", "masked_select", "_unique2", "lift_fresh", "_pin_memory"}  # their results, or inputs, are ordinary memory
+    "Notes the operations that run within it, as a CUDA graph does. Raises `TitaError` for one that needs the host."
+    host = set("_local_scalar_dense item is_nonzero equal allclose nonzero argwhere masked_select".split())
+    host |= {"_unique2", "lift_fresh", "_pin_memory"}  # results or inputs of all these are ordinary memory
     def __init__(self):
         super().__init__()
         self.done = []
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        by_mask = name.startswith("index") and any(torch.is_tensor(x) and x.dtype == torch.bool for x in tree_leaves(args[1:2]))
-        if name in self.host or by_mask:
+        indices = tree_leaves(args[1:2]) if name.startswith("index") else []
+        if name in self.host or any(torch.is_tensor(x) and x.dtype == torch.bool for x in indices):
             raise TitaError(f"{name} needs the host; a graph cannot hold it")
         out = func(*args, **kwargs)
         memory = lambda x: x.detach() if torch.is_tensor(x) else x  # as it is now: a parameter may get another
@@ -67,9 +69,13 @@ class Tape(TorchDispatchMode):
         "Do it again, every result into the memory that it had."
         for func, args, kwargs, out in self.done:
             for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
-                if torch.is_tensor(old) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                if torch.is_tensor(old) and not _same_memory(old, new):
                     old.copy_(new)
 
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+# %% ../../nbs/decode/10_graphs.ipynb #9a100001
 def record_tape(f: Callable, inputs: list[Tensor]) -> tuple[Callable, list[Tensor], Tensor]: # as for `record_cuda`
     "Record a function on a `Tape`: no faster, but as strict as a graph."
     inputs, tape = [x.clone() for x in inputs], Tape()
@@ -79,48 +85,59 @@ def record_tape(f: Callable, inputs: list[Tensor]) -> tuple[Callable, list[Tenso
 
 # %% ../../nbs/decode/10_graphs.ipynb #9022d340
 class Graphs:
-    "Functions that are recorded the second time that they are called, and replayed from then on."
-    def __init__(self,
-        record: Callable = record_cuda, # or `record_tape`
-        most: int = 64, # recordings to keep; the one that was not used for longest goes first
-    ):
-        self.record, self.most, self.known, self.replays, self.off = record, most, {}, 0, False
+    "Functions that are recorded the second time that they are called, then replayed."
+    def __init__(self, record: Callable = record_cuda, most: int = 64): # recordings to keep, the latest used
+        self.record, self.most, self.replays = record, most, 0
+        self.known, self.off = {}, False # key -> a recording, None before there is one
 
     def __call__(self,
         key, # hashable; what the function does with inputs of these shapes is a matter of the key alone
         f: Callable, # of the inputs; what it changes must be the same if it is called again
-        *inputs: Tensor, # on the device
+        *inputs, # tensors on the device
     ) -> Tensor: # the caller's own
         if self.off:
             return f(*inputs)
         if key not in self.known:
             return self._first(key, f, inputs)
-        graph = self.known[key] = self.known.pop(key)  # now the last to go
+        self.known[key] = graph = self.known.pop(key)  # now the last to go
         if graph is None:
             return self._record(key, f, inputs)
-        replay, static, out = graph
-        for s, x in zip(static, inputs):
-            s.copy_(x, non_blocking=True)
+        replay, memory, out = graph
+        for m, x in zip(memory, inputs):
+            m.copy_(x, non_blocking=True)
         replay()
         self.replays += 1
         return out.clone()
 
-    def _first(self, key, f, inputs):
-        self.known[key] = None
-        if len(self.known) > self.most:
-            del self.known[next(iter(self.known))]
-        return f(*inputs)
+# %% ../../nbs/decode/10_graphs.ipynb #9a100002
+@patch
+def _first(self: Graphs, key, f: Callable, inputs: tuple) -> Tensor:
+    "Run it, and note that it was called."
+    self.known[key] = None
+    if len(self.known) > self.most:
+        del self.known[next(iter(self.known))]
+    return f(*inputs)
 
-    def _record(self, key, f, inputs):
-        out = f(*inputs)
-        try:
-            replay, static, found = self.known[key] = self.record(f, inputs)
-            replay()
-            same, why = (found.float() - out.float()).norm() <= torch.finfo(out.dtype).eps**.5 * out.float().norm() or out.isnan().any(), "it gave another result"
-        except (RuntimeError, TitaError) as e:
-            same, why = False, str(e).splitlines()[0]
-        if not same:
-            self.off = True
-            self.known.clear()
-            warnings.warn(f"decoding goes on without CUDA graphs: {why}")
-        return out
+@patch
+def _record(self: Graphs, key, f: Callable, inputs: tuple) -> Tensor:
+    "Run it and record it; do without recordings if that is no use."
+    out, why = f(*inputs), None
+    try:
+        self.known[key] = self.record(f, inputs)
+        replay, _, found = self.known[key]
+        replay()
+        if not _close(found, out):
+            why = "it gave another result"
+    except (RuntimeError, TitaError) as e:
+        why = str(e).splitlines()[0]
+    if why:
+        self.off = True
+        self.known.clear()
+        warnings.warn(f"decoding goes on without CUDA graphs: {why}")
+    return out
+
+# %% ../../nbs/decode/10_graphs.ipynb #9a100003
+def _close(found: Tensor, out: Tensor) -> bool | Tensor:
+    "The same but for rounding; NaN is not the recording's fault."
+    far = (found.float() - out.float()).norm()
+    return far <= torch.finfo(out.dtype).eps**.5 * out.float().norm() or out.isnan().any()

@@ -8,60 +8,69 @@ __all__ = ['AlignedLogitsProcessor', 'aligned']
 # %% ../../nbs/decode/21_hf.ipynb #3e66ce75
 import copy
 import torch
+import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from ..core import TitaError
 from .decoder import AlignedDecoder
-from .experts import Expert, look
+from .experts import look
 
 # %% ../../nbs/decode/21_hf.ipynb #d8c2e35f
 class AlignedLogitsProcessor(LogitsProcessor):
-    "Adds the guidance of a decoder to the scores of one `generate` call. Raises `TitaError` where rows are reordered (beam search)."
+    "Adds a decoder's guidance to the scores of one `generate` call. Raises `TitaError` where rows are reordered."
     def __init__(self,
         decoder: AlignedDecoder, # whose rewards, references and guidance
         inputs: dict, # what the processor made of prompts and images: input_ids, attention_mask, pixel_values, ...
     ):
-        self.decoder, self.inputs, self.experts, self.text = decoder, dict(inputs), [], None
-
-    def _prefill(self, rows: int) -> list[Tensor]: # (m, V) logits of each expert
-        "Read the prompts."
-        x = self.inputs
-        ids, mask = x["input_ids"], x.get("attention_mask")
-        pixels = {k: v for k, v in x.items() if k in ("pixel_values", "image_grid_thw", "image_sizes")}
-        prompts = [(t if mask is None else t[mask[i].bool()]).tolist() for i, t in enumerate(ids)]
-        if rows != len(prompts):
-            raise TitaError(f"{rows} rows for {len(prompts)} prompts; for several answers to a prompt repeat it, or call AlignedDecoder.generate(n=...)")
-        self.experts = [copy.copy(e) for e in self.decoder.experts]
-        for e in self.experts:
-            e.notice_changes()
-        out = []
-        features = look(self.experts, self.decoder.leader, [pixels] * len(self.decoder.encoders)) if pixels else [{}] * len(self.experts)
-        longest = max(map(len, prompts))
-        for e, f in list(zip(self.experts, features))[1:]:
-            e.open(rows, longest + 32, self)
-            e.reserve(longest + 512)
-            logits, e.lens, e.delta = e.read(e.cache, slice(0, rows), prompts, f, pixels.get("image_grid_thw"))
-            out.append(logits)
-        return out
-
-    def _step(self, e: Expert, tokens: Tensor) -> Tensor: # (m, V)
-        "Read one token a row."
-        logits = e.forward(e.cache, slice(0, len(tokens)), tokens[:, None], e.lens, delta=e.delta if e.mrope else 0)[:, 0]
-        e.lens += 1
-        return logits
+        self.decoder, self.inputs = decoder, dict(inputs)
+        self.others = [] # the call's own experts beside the base
+        self.text = None # (m, tokens) that they have read
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor: # (m, V), the aligned scores
         if not self.decoder.experts[1:]:
             return scores
-        first = self.text is None
-        if not first and not (input_ids.shape[1] == self.text.shape[1] + 1 and torch.equal(input_ids[:, :-1], self.text)):
-            raise TitaError("the rows were reordered or the text changed between steps; guidance works with greedy search and sampling, not with beams, and a processor serves one call")
-        logits = self._prefill(len(input_ids)) if first else [self._step(e, input_ids[:, -1].cpu()) for e in self.experts[1:]]
+        logits = self._read_prompts(len(input_ids)) if self.text is None else self._read_token(input_ids)
         self.text = input_ids
-        V, k = min(scores.shape[-1], *(x.shape[-1] for x in logits)), self.decoder.n_rewards
+        k, V = self.decoder.n_rewards, min(scores.shape[-1], *(x.shape[-1] for x in logits))
         logits = [x[..., :V].to(scores.device) for x in logits]
         aligned, _ = self.decoder.guidance(scores[..., :V], logits[:k], logits[k:])
-        return torch.nn.functional.pad(aligned, (0, scores.shape[-1] - V), value=float("-inf")).to(scores.dtype)
+        return F.pad(aligned, (0, scores.shape[-1] - V), value=float("-inf")).to(scores.dtype)
+
+# %% ../../nbs/decode/21_hf.ipynb #9a210001
+@patch
+def _read_prompts(self: AlignedLogitsProcessor, rows: int) -> list[Tensor]: # (m, V) of each expert beside the base
+    x, experts = self.inputs, [copy.copy(e) for e in self.decoder.experts]
+    mask = x["attention_mask"].bool() if x.get("attention_mask") is not None else torch.ones_like(x["input_ids"]).bool()
+    prompts = [ids[keep].tolist() for ids, keep in zip(x["input_ids"], mask)]
+    if rows != len(prompts):
+        raise TitaError(f"{rows} rows for {len(prompts)} prompts; for several answers to a prompt repeat it, or call "
+            "AlignedDecoder.generate(n=...)")
+    for e in experts:
+        e.notice_changes()
+    pixels = {k: v for k, v in x.items() if k in ("pixel_values", "image_grid_thw", "image_sizes")}
+    for_each = [pixels] * len(self.decoder.encoders)
+    features = look(experts, self.decoder.leader, for_each) if pixels else [{}] * len(experts)
+    self.others, out, longest = experts[1:], [], max(map(len, prompts))
+    for e, seen in zip(self.others, features[1:]):
+        e.open(rows, longest + 32, self)
+        e.reserve(longest + 512)
+        logits, e.lens, e.delta = e.read(e.cache, slice(0, rows), prompts, seen, pixels.get("image_grid_thw"))
+        out.append(logits)
+    return out
+
+# %% ../../nbs/decode/21_hf.ipynb #9a210002
+@patch
+def _read_token(self: AlignedLogitsProcessor, input_ids: Tensor) -> list[Tensor]: # (m, V) of each
+    "The newest token of each row."
+    if input_ids.shape[1] != self.text.shape[1] + 1 or not torch.equal(input_ids[:, :-1], self.text):
+        raise TitaError("the rows were reordered or the text changed between steps; guidance works with greedy search "
+            "and sampling, not with beams, and a processor serves one call")
+    out, newest, rows = [], input_ids[:, -1:].cpu(), slice(0, len(input_ids))
+    for e in self.others:
+        out.append(e.forward(e.cache, rows, newest, e.lens, delta=e.delta if e.mrope else 0)[:, 0])
+        e.lens += 1
+    return out
 
 # %% ../../nbs/decode/21_hf.ipynb #c805565f
 def aligned(
@@ -75,4 +84,5 @@ def aligned(
     if decoder is None or reward_inputs is None:
         raise TitaError("custom_generate=aligned needs decoder=AlignedDecoder(...) and reward_inputs=inputs beside it")
     processors = LogitsProcessorList([AlignedLogitsProcessor(decoder, reward_inputs), *logits_processor])
-    return model._sample(input_ids, logits_processor=processors, stopping_criteria=stopping_criteria, generation_config=generation_config, **kwargs)
+    how = dict(stopping_criteria=stopping_criteria, generation_config=generation_config)
+    return model._sample(input_ids, logits_processor=processors, **how, **kwargs)
