@@ -134,16 +134,14 @@ def _write(self: SpeculativeEngine, targets: Tensor, keep: Tensor, scores: Tenso
     self.tokens[row, at], self.rewards[row, at], self.base_tokens[row, at] = targets[row, j], rewards[row, j], own[row, j]
     self.good = ~(scores.isnan().any(-1).cpu() & (torch.arange(J) < keep[:, None])).any(1)
     before = self.count[:n].clone()
-    if any(s.stop for s in self.groups):
+    if self.has_stops:
         keep = self._cut_at_stop(before, keep)
     self.count[:n] += keep
     self.last[:n] = self.tokens[torch.arange(n), self.count[:n] - 1]
     self.produced += int(keep.sum())
     for e in self.experts:
         e.lens[:n] += keep
-    for i, r in enumerate(self.rows[:n]) if self.heard else ():
-        for c in range(int(before[i]), int(self.count[i])) if r.on_token else ():
-            r.on_token(int(self.tokens[i, c]), float(self.rewards[i, c]))
+    self._tell(before, self.count[:n])
 
 @patch
 def _cut_at_stop(self: SpeculativeEngine, before: Tensor, keep: Tensor) -> Tensor:
@@ -223,13 +221,13 @@ def _lazy(self: SpeculativeEngine):
     logits = base.forward(base.cache, slice(0, n), self.last[:n, None], base.lens[:n], delta=self._delta(base))[:, 0, :self.vocab]
     base.lens[:n] += 1
     tokens = logits.argmax(-1).cpu()
-    hard = (~settled(logits.float(), self.guidance.bound)).cpu()
+    hard = (~settled(logits.float(), self._bounds().to(logits.device))).cpu()
     self._widen(int(at.max()) + 1)
     self.own[rows, at] = logits.float().log_softmax(-1).gather(-1, tokens[:, None].to(logits.device))[:, 0].cpu()
     self.base_tokens[rows, at], self.rewards[rows, at], self.good = tokens, 0., ~logits.isnan().any(-1).cpu()
     if hard.any():
         h = hard.nonzero()[:, 0]
-        scores, d = self._score(self._common([logits[h], *self._catch_up(h)]))
+        scores, d = self._score(self._common([logits[h], *self._catch_up(h)]), h)
         tokens[h] = scores.argmax(-1).cpu()
         self.good[h] &= ~scores.isnan().any(-1).cpu()
         self.rewards[h, at[h]] = token_rewards(d, tokens[h].to(d.device)).cpu()
@@ -239,9 +237,7 @@ def _lazy(self: SpeculativeEngine):
     self.tokens[rows, at] = self.last[:n] = tokens
     self.count[:n] += 1
     self.produced += n
-    for i, r in enumerate(self.rows[:n]) if self.heard else ():
-        if r.on_token:
-            r.on_token(int(tokens[i]), float(self.rewards[i, at[i]]))
+    self._tell(at, self.count[:n])
 
 @patch
 def _behind(self: SpeculativeEngine, rows: Tensor) -> Tensor: # those of the rows
@@ -270,11 +266,11 @@ def _outputs(self: SpeculativeEngine, slots: list[int], why: list[str]):
 def _mode(self: SpeculativeEngine) -> int | str: # a draft length, or "lazy"
     "How to make the next step."
     n = self.n
-    groups = [self.groups[g] for g in set(self.group[:n].tolist())]
-    most = int((self.limit[:n] - self.count[:n]).max()) - 1
-    if self.forcing or self.processors or any(e.map for e in self.experts) or any(s.repetition_penalty != 1 for s in groups):
-        return 0  # a processor must see the text so far
-    lazy = self.guidance.lazy and not any(s.temperature for s in groups)
+    room = min(e.context - int(e.lens[:n].max()) for e in self.experts) - 1 # no row may draft beyond its context
+    most = min(room, int((self.limit[:n] - self.count[:n]).max()) - 1)
+    if self.forcing or any(e.map for e in self.experts):
+        return 0
+    lazy = self.guidance.lazy and self._greedy()
     if self.draft == "lazy":
         return "lazy" if lazy else 0
     if self.draft != "auto":
@@ -330,7 +326,7 @@ def _plain(self: SpeculativeEngine, look: bool = True):
         self.new[:n] += 1
         self.new_right[:n] += self.hits[:, 0]
     if look and self.guidance.lazy:
-        self._doubt((~settled(self._seen.float(), self.guidance.bound)).cpu(), .3)
+        self._doubt((~settled(self._seen.float(), self._bounds().to(self._seen.device))).cpu(), .3)
 
 @patch
 def _doubt(self: SpeculativeEngine, hard: Tensor, weight: float):
@@ -340,6 +336,6 @@ def _doubt(self: SpeculativeEngine, hard: Tensor, weight: float):
     self.pace.note_unsure(float(hard.float().mean()), weight / 2)
 
 @patch
-def _score(self: SpeculativeEngine, logits: list[Tensor]):
+def _score(self: SpeculativeEngine, logits: list[Tensor], rows: Tensor | None = None):
     self._seen = logits[0][..., :self.vocab]
-    return super(SpeculativeEngine, self)._score(logits)
+    return super(SpeculativeEngine, self)._score(logits, rows)
