@@ -6,9 +6,9 @@
 __all__ = ['CLEAN', 'Output', 'Row', 'Engine']
 
 # %% ../../nbs/decode/15_engine.ipynb #a1921fe0
-import copy, hashlib, os
+import copy, hashlib, math, os, time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,8 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from ..core import TitaError, open_image, seed_for
 from .experts import Expert, look, share_towers
 from .prompts import Encoder, Prompt
+from .sampling import TEXT_FREE, Sampling, Text, accept, invert, propose, uniform
 from .vocabularies import carry_over
-from .sampling import Sampling, accept, invert, propose, uniform
 from ..views import View, parse_view
 
 # %% ../../nbs/decode/15_engine.ipynb #d428f31e
@@ -33,21 +33,10 @@ class Output:
     tokens: list[int] # as `generate` would return them, an end token too
     rewards: list[float] # nats, the signal at each token: for `ratio` log π_r − log π_ref (0 where the base decodes alone)
     base_tokens: list[int] # what the base itself would have taken at each step: where it differs the reward intervened
-    stats: dict # prompt_tokens, new_tokens, finish (eos, stop, length, error)
+    stats: dict # prompt_tokens, new_tokens, finish (eos, stop, length, cancelled, deadline, error)
     error: str | None = None # what was wrong with the row, if anything was
     question: dict | None = None # the row that it answers, see `AlignedDecoder.answers`
     tokenizer: object = field(default=None, repr=False, compare=False)
-
-    @classmethod
-    def failed(cls, why: str, question: dict | None = None, prompt_tokens: int = 0, tokenizer=None) -> "Output":
-        "What is said of a row that could not be answered."
-        return cls("", [], [], [], dict(prompt_tokens=prompt_tokens, new_tokens=0, finish="error"), why, question, tokenizer)
-
-    @cached_property
-    def token_texts(self) -> list[str]:
-        "The piece of text that each token adds."
-        whole = [self.tokenizer.decode(self.tokens[:i], skip_special_tokens=False, clean_up_tokenization_spaces=False) for i in range(len(self.tokens) + 1)]
-        return [b[len(os.path.commonprefix([a, b])):] for a, b in zip(whole, whole[1:])]
 
     @property
     def reward(self) -> float:
@@ -57,11 +46,25 @@ class Output:
     def changed(self) -> list[bool]:
         "Where the reward changed the base's choice."
         return [a != b for a, b in zip(self.tokens, self.base_tokens)]
+    @classmethod
+    def unsaid(cls, finish: str, question=None, error: str | None = None, prompt_tokens: int = 0, tokenizer=None) -> "Output":
+        "The output of a row without an answer."
+        stats = dict(prompt_tokens=prompt_tokens, new_tokens=0, finish=finish)
+        return cls("", [], [], [], stats, error, question, tokenizer)
+
+# %% ../../nbs/decode/15_engine.ipynb #d428f31f
+@patch(as_prop=True)
+def token_texts(self: Output) -> list[str]:
+    "The piece of text that each token adds."
+    texts = [""]
+    for i in range(1, len(self.tokens) + 1):
+        texts.append(self.tokenizer.decode(self.tokens[:i], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return [b[len(os.path.commonprefix([a, b])):] for a, b in zip(texts, texts[1:])]
 
 # %% ../../nbs/decode/15_engine.ipynb #f27eddba
 CLEAN = parse_view("clean")
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     "A question on its way."
     index: int # its place among the outputs
@@ -74,26 +77,37 @@ class Row:
     forced: list[int] | None = None # the answer, where it is given and only its rewards are wanted
     view: View = CLEAN # what is done to its images; `none` and `swap` are the caller's to do
     view_seed: int = 0 # of the view
+    lam: float | None = None # λ of this row; None: the decoder's
+    bound: float | None = None # nats, of this row (`math.inf` for none); None: the decoder's
+    deadline: float | None = None # of `time.monotonic`: the row ends then with what it has
     asked: dict | None = None # the question as it was given, see `AlignedDecoder.answers`
-    held: bool = False # does it count among those who need its images?
-    prompts: list[Prompt] | None = None # one per encoder
 
-    @cached_property
-    def source(self) -> tuple:
-        "The same for rows whose pictures are the same."
-        names = tuple(str(i) if isinstance(i, (str, Path)) else id(i) for i in self.images)
-        return (*names, self.view, self.view_seed) if names and self.view.on == "image" else names
+    # what the engine notes
+    is_cancelled: bool = False
+    holds_images: bool = False
+    error: str | None = None
+    prompts: list[Prompt] = () # one per encoder
+    rules: list = () # logits processors that read the text so far
+    text: Text | None = None # where a stop string is looked for
 
-    @cached_property
-    def key(self) -> tuple:
-        "The same for rows that see the same: a view of tensors tells two of them apart."
-        return (*self.source, self.view, self.view_seed) if self.source and self.view.on == "tensor" else self.source
+# %% ../../nbs/decode/15_engine.ipynb #f27eddbb
+@patch(as_prop=True)
+def source(self: Row) -> tuple:
+    "The same for rows whose pictures are the same."
+    names = tuple(str(i) if isinstance(i, (str, Path)) else id(i) for i in self.images)
+    return (*names, self.view, self.view_seed) if names and self.view.on == "image" else names
+
+@patch(as_prop=True)
+def key(self: Row) -> tuple:
+    "The same for rows that see the same: a view of tensors tells two rows about one picture apart."
+    source = self.source
+    return (*source, self.view, self.view_seed) if source and self.view.on == "tensor" else source
 
 # %% ../../nbs/decode/15_engine.ipynb #d2fa62fd
 class Engine:
     "Rows in slots: admits, advances and finishes them. One step is one token for every running row."
     watch = False # note where the drafter was right
-    heard = forcing = False # does any row have `on_token`; is any answer given
+    now = staticmethod(time.monotonic) # for deadlines
     def __init__(self,
         experts: list[Expert], # base, rewards, references
         encoders: list[Encoder], # those that the experts name
@@ -105,32 +119,126 @@ class Engine:
         refill: float = .25, # share of slots that must be free before new rows are read; 0: at once
         leader: list[int] | None = None, # see `share_towers`, where it is known
     ):
-        self.experts, self.encoders = [copy.copy(e) for e in experts], [e.fresh() for e in encoders]  # two engines may run at once
-        self.guidance, self.slots, self.n_rewards, self.noise_seed, self.processors = guidance, slots, rewards, noise_seed, list(processors)
-        self.leader, self.vocab, self.patience = leader or share_towers(experts), min(e.vocab for e in experts if e.map is None), max(1, int(slots * refill))
-        self.queue, self.ready, self.rows, self.n, self.opened = deque(), deque(), [], 0, {}
-        self.holders, self.idle = Counter(), False # rows that need a picture or its tensors; does any need none any more?
-        self.steps = self.produced = 0
-        self.last, self.count, self.limit, self.seed, self.group = (torch.zeros(slots, dtype=torch.long) for _ in range(5))
-        self.tokens, self.base_tokens, self.forced = (torch.full((slots, 16), -1) for _ in range(3))
-        self.rewards = torch.zeros(slots, 16)
-        self.groups, self.ends = [], torch.zeros(0, self.vocab, dtype=torch.bool)
-        for e in self.experts:
-            e.open(slots, 64, self)
+        self.experts, self.encoders = [copy.copy(e) for e in experts], [e.fresh() for e in encoders] # two engines may run at once
+        self.guidance, self.slots, self.n_rewards = guidance, slots, rewards
+        self.noise_seed, self.processors = noise_seed, list(processors)
+        self.leader = leader or share_towers(experts)
+        self.vocab = min(e.vocab for e in experts if e.map is None)
+        self.least_free = max(1, int(slots * refill))
+        self._empty()
 
-    @property
-    def busy(self) -> bool:
-        return bool(self.n or self.ready or self.queue)
-    @property
-    def tokenizer(self):
-        return self.encoders[0].tokenizer
-    def submit(self, rows: list[Row]):
-        "Queue rows; those about one image side by side run fastest."
-        self.queue.extend(rows)
+# %% ../../nbs/decode/15_engine.ipynb #d2fa62fe
+@patch
+def _empty(self: Engine):
+    "No rows, and the records of the slots."
+    self.queue, self.ready, self.rows, self.n = deque(), deque(), [], 0
+    self.opened, self.holders = {}, Counter() # pictures by source; rows that need a picture, or its tensors
+    self.has_idle = self.has_cancelled = self.has_deadlines = self.is_closed = False
+    self.why = {} # slot -> what went wrong there
+    self.steps = self.produced = 0
+    self.last, self.count, self.limit = torch.zeros(3, self.slots, dtype=torch.long) # newest token; tokens so far, and at most
+    self.seed, self.group = torch.zeros(2, self.slots, dtype=torch.long)
+    self.tokens, self.base_tokens, self.forced = (torch.full((self.slots, 16), -1) for _ in range(3))
+    self.rewards = torch.zeros(self.slots, 16)
+    self.lam, self.bound = torch.zeros(2, self.slots) # of the rows, where these differ
+    self.groups, self.warpers = [], [] # settings in use, and the processors of those that need no text
+    self.ends = torch.zeros(0, self.vocab, dtype=torch.bool) # (settings, V) tokens that end a row
+    for e in self.experts:
+        e.open(self.slots, 64, self)
+    self._survey()
+
+@patch(as_prop=True)
+def busy(self: Engine) -> bool:
+    return bool(self.n or self.ready or self.queue)
+@patch(as_prop=True)
+def tokenizer(self: Engine):
+    return self.encoders[0].tokenizer
+
+# %% ../../nbs/decode/15_engine.ipynb #d2fa6300
+@patch
+def _survey(self: Engine):
+    "What the running rows need, now that they have changed."
+    used = self.group[:self.n].unique().tolist()
+    self.is_heard = any(r.on_token for r in self.rows)
+    self.is_forced = any(r.forced is not None for r in self.rows)
+    self.reads_text = any(self.warpers[g] is None for g in used)
+    self.changes_scores = self.reads_text or any(self.warpers[g] for g in used)
+    self.draws = any(self.groups[g].temperature for g in used)
+    self.has_stops = any(self.groups[g].stop for g in used)
+    self.has_own_strength = any(r.lam is not None or r.bound is not None for r in self.rows)
+
+@patch(as_prop=True)
+def forcing(self: Engine) -> bool:
+    "Must rows go token by token, since an answer is given or a processor reads the text so far?"
+    return self.is_forced or self.reads_text
+
+@patch
+def _greedy(self: Engine) -> bool:
+    "Whether no row draws, and none has its scores changed."
+    return not (self.draws or self.changes_scores)
+
+# %% ../../nbs/decode/15_engine.ipynb #d2fa6303
+@patch
+def submit(self: Engine, rows: Iterable[Row]):
+    "Queue rows; those about one image side by side run fastest. Raises `TitaError` after `close`."
+    if self.is_closed:
+        raise TitaError("the engine is closed; make another one")
+    for row in rows:
+        if row.sampling.max_time is not None:
+            row.deadline = min(self.now() + row.sampling.max_time, math.inf if row.deadline is None else row.deadline)
+        self.queue.append(row)
+        self.has_deadlines |= row.deadline is not None
+
+@patch
+def cancel(self: Engine, row: Row):
+    "The row ends with the text that it has."
+    row.is_cancelled = self.has_cancelled = True
+
+@patch
+@torch.inference_mode()
+def close(self: Engine) -> list[tuple[Row, Output]]: # what was not over, with the text that it has
+    "End all rows and take no more."
+    self.is_closed = True
+    for row in (*self.rows, *self.ready, *self.queue):
+        self.cancel(row)
+    return self._take_out()
+
+# %% ../../nbs/decode/15_engine.ipynb #d2fa6304
+@patch
+def _why_out(self: Engine, row: Row) -> str | None:
+    if row.is_cancelled:
+        return "cancelled"
+    return "deadline" if row.deadline is not None and self.now() >= row.deadline else None
+
+@patch
+def _take_out(self: Engine) -> list[tuple[Row, Output]]:
+    "Rows that were cancelled or are late leave."
+    if not (self.has_cancelled or self.has_deadlines):
+        return []
+    self.has_cancelled, self.has_deadlines, out = False, False, []
+    for line in (self.queue, self.ready):
+        for row, why in [(r, self._why_out(r)) for r in list(line)]:
+            if why:
+                line.remove(row)
+                out.append(self._let_go(row, why))
+    ends = {i: why for i, r in enumerate(self.rows) if (why := self._why_out(r))}
+    out += self._leave(ends)
+    self.has_deadlines |= any(r.deadline is not None for r in (*self.rows, *self.ready, *list(self.queue)))
+    self._release()
+    return out
+
+@patch
+def _let_go(self: Engine, row: Row, finish: str = "error") -> tuple[Row, Output]:
+    "What is said of a row that never ran."
+    self._close(row)
+    length = len(row.prompts[0].ids) if row.prompts else 0
+    return row, Output.unsaid(finish, row.asked, row.error, length, self.tokenizer)
 
 # %% ../../nbs/decode/15_engine.ipynb #05cad5c5
-def _open(image):
-    "A picture as RGB."
+def _open(image) -> Image.Image: # RGB
+    "A picture, however it is given."
+    if type(image).__module__ == "numpy" and image.ndim in (2, 3) and image.dtype == "uint8":
+        image = Image.fromarray(image)
     if not isinstance(image, (Image.Image, str, Path)) and not hasattr(image, "read"):
         raise TitaError(f"an image is given as {type(image).__name__}; give a PIL image, a path or an open file")
     image = image if isinstance(image, Image.Image) else open_image(image)
@@ -138,109 +246,130 @@ def _open(image):
         raise TitaError(f"the image has {image.width} x {image.height} pixels; there is nothing to see")
     return image if image.mode == "RGB" else image.convert("RGB")
 
+# %% ../../nbs/decode/15_engine.ipynb #05cad5c7
 @patch
 def _prepare(self: Engine) -> list[tuple[Row, Output]]: # rows that are over before they began
     "Open, process and tokenize the next rows."
-    part, failed = [self.queue.popleft() for _ in range(min(2 * self.slots, len(self.queue)))], []
+    part = [self.queue.popleft() for _ in range(min(2 * self.slots, len(self.queue)))]
     for row in part:
-        try:
-            self._open_row(row)
-        except TitaError as e:
-            failed.append(self._fail(row, str(e)))
-    part = [r for r in part if all(r is not f for f, _ in failed)] if failed else part
+        self._try(row, self._open_row)
     for enc in self.encoders:
-        enc.tokenize([(r.question, len(r.images)) for r in part])
+        self._tokenize(enc, [r for r in part if not r.error])
         if enc.image_token is not None:
-            self._see(enc, part, failed)
-    dead = {id(f) for f, _ in failed}
+            self._see(enc, [r for r in part if not r.error])
     for row in part:
-        if id(row) in dead:
-            continue
-        try:
-            self.ready.append(self._encode(row))
-        except TitaError as e:
-            failed.append(self._fail(row, str(e)))
-    for row, _ in failed:
-        self._close(row)
+        self._try(row, self._encode)
+    self.ready.extend(r for r in part if not r.error and r.forced != [])
+    over = [self._let_go(r, "error" if r.error else "length") for r in part if r.error or r.forced == []]
     self._release()
-    return failed
+    return over
 
 @patch
+def _try(self: Engine, row: Row, prepare: Callable):
+    "What goes wrong in preparing a row is the row's alone."
+    if row.error:
+        return
+    try:
+        prepare(row)
+    except Exception as e:
+        row.error = _reason(e)
+
+def _reason(e: Exception) -> str:
+    return str(e) if isinstance(e, TitaError) else f"{type(e).__name__}: {e}"
+
+# %% ../../nbs/decode/15_engine.ipynb #05cad5c8
+@patch
 def _open_row(self: Engine, row: Row):
+    "Check the row and open its pictures, if no other row has."
     if not isinstance(row.question, str) or not row.question.strip():
         raise TitaError("the question is empty; ask something")
     if any(not 0 <= t < self.vocab for t in row.forced or ()):
         raise TitaError(f"the answer holds a token id that the models do not share; ids go from 0 to {self.vocab - 1}")
     if row.images and self.experts[0].image_token is None:
         raise TitaError("the base is a language model without a vision tower; ask without an image")
-    if row.key and row.source not in self.opened:
+    if row.images and row.source not in self.opened:
         self.opened[row.source] = [row.view.image(_open(i), row.view_seed) for i in row.images]
-    if row.key:
+    if row.images:
         self.holders.update({row.source, row.key})
-        row.held = True
+        row.holds_images = True
+
+@patch
+def _tokenize(self: Engine, enc: Encoder, rows: list[Row]):
+    "Token ids of all questions at once; if one cannot be tokenized, the others still are."
+    try:
+        enc.tokenize([(r.question, len(r.images)) for r in rows])
+    except Exception:
+        for row in rows:
+            self._try(row, lambda row: enc.tokenize([(row.question, len(row.images))]))
 
 # %% ../../nbs/decode/15_engine.ipynb #f3fc7860
 @patch
-def _see(self: Engine, enc: Encoder, part: list[Row], failed: list):
-    "New images through one encoder's processor; if one cannot be processed, the others still are."
-    new = {r.source: self.opened[r.source] for r in part if r.source in self.opened and r.source not in enc.pixels}
+def _see(self: Engine, enc: Encoder, rows: list[Row]):
+    "New images through one encoder's processor, all at once; if one cannot be processed, the others still are."
+    new = {r.source: self.opened[r.source] for r in rows if r.images and r.source not in enc.pixels}
     try:
-        if new:
-            enc.see(new)
-    except (ValueError, TypeError, RuntimeError, IndexError):
-        for source, images in new.items():
-            try:
-                enc.see({source: images})
-            except (ValueError, TypeError, RuntimeError, IndexError) as e:
-                why = f"the processor cannot take the image ({str(e).splitlines()[0]}); check how many images and which sizes the model takes"
-                failed += [self._fail(r, why) for r in part if r.source == source]
-    for row in part:
-        if row.key not in enc.pixels and row.source in enc.pixels:
+        enc.see(new) if new else None
+    except Exception:
+        for row in rows:
+            self._try(row, lambda row: self._see_alone(enc, row))
+    for row in rows:
+        if not row.error and row.key not in enc.pixels and row.source in enc.pixels:
             _disturb(enc, row)
 
+@patch
+def _see_alone(self: Engine, enc: Encoder, row: Row):
+    if not row.images or row.source in enc.pixels:
+        return
+    try:
+        enc.see({row.source: self.opened[row.source]})
+    except Exception as e:
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise TitaError(f"the processor cannot take the image ({why}); check how many images and which sizes the model takes") from None
+
+# %% ../../nbs/decode/15_engine.ipynb #f3fc7862
 def _disturb(enc: Encoder, row: Row):
-    "The tensors of a view, from those of the picture."
-    clean = enc.pixels[row.source]
-    enc.pixels[row.key] = clean | {"pixel_values": row.view.tensor(clean["pixel_values"][None], [row.view_seed])[0]}
+    "The tensors that a row sees, from those of its picture."
+    pixels = enc.pixels[row.source]
+    seen = row.view.tensor(pixels["pixel_values"][None], [row.view_seed])[0]
+    enc.pixels[row.key] = pixels | {"pixel_values": seen}
     if row.source in enc.spans:
         enc.spans[row.key] = enc.spans[row.source]
 
 @patch
-def _encode(self: Engine, row: Row) -> Row:
-    images = self.opened[row.source] if row.key else []
+def _encode(self: Engine, row: Row):
+    "Make the row's prompts, and its seed."
+    images = self.opened[row.source] if row.images else []
     row.prompts = [enc.prompt(row.question, row.key or None, images) for enc in self.encoders]
     for e in self.experts:
-        if (n := len(row.prompts[e.encoder].ids)) >= e.context:
-            raise TitaError(f"the prompt has {n} tokens and the context {e.context}; shorten the question or make the image smaller")
+        self._check_length(row, len(row.prompts[e.encoder].ids), e.context)
     if row.sampling.temperature:
-        row.seed = self._row_seed(row, images)
-    return row
+        seen = [hashlib.blake2b(i.tobytes(), digest_size=8).hexdigest() for i in images]
+        view = [row.view.name] if row.view.on == "tensor" else []
+        row.seed = seed_for("row", row.seed, row.question, seen + view, row.sample)
 
 @patch
-def _row_seed(self: Engine, row: Row, images: list) -> int:
-    "Seed of a row: what it asks about what, not where it stands."
-    seen = [hashlib.blake2b(i.tobytes(), digest_size=8).hexdigest() for i in images]
-    return seed_for("row", row.seed, row.question, seen + [row.view.name] * (row.view.on == "tensor"), row.sample)
+def _check_length(self: Engine, row: Row, prompt: int, context: int):
+    if prompt >= context:
+        raise TitaError(f"the prompt has {prompt} tokens and the context {context}; shorten the question or make the image smaller")
+    if row.sampling.max_length and prompt >= row.sampling.max_length:
+        raise TitaError(f"the prompt has {prompt} tokens and max_length is {row.sampling.max_length}; ask for max_new_tokens")
+    if row.forced and len(row.forced) > context - prompt:
+        raise TitaError(f"the answer has {len(row.forced)} tokens; beside the prompt the context has room for {context - prompt}")
 
-# %% ../../nbs/decode/15_engine.ipynb #f2bb79e0
-@patch
-def _fail(self: Engine, row: Row, why: str) -> tuple[Row, Output]:
-    return row, Output.failed(why, row.asked, len(row.prompts[0].ids) if row.prompts else 0, self.tokenizer)
-
+# %% ../../nbs/decode/15_engine.ipynb #f3fc7863
 @patch
 def _close(self: Engine, row: Row):
     "The row needs its images no more."
-    if row.held:
+    if row.holds_images:
         self.holders.subtract({row.source, row.key})
-        row.held, self.idle = False, True
+        row.holds_images, self.has_idle = False, True
 
 @patch
 def _release(self: Engine):
     "Let go of images that no row needs; the row that comes next may need one again."
-    if not self.idle:
+    if not self.has_idle:
         return
     ahead = (self.queue[0].source, self.queue[0].key) if self.queue else ()
-    self.idle = any(k in self.holders for k in ahead)
     for key in [k for k, rows in self.holders.items() if not rows and k not in ahead]:
         del self.holders[key]
         self.opened.pop(key, None)
@@ -248,57 +377,119 @@ def _release(self: Engine):
             enc.forget(key)
         for e in self.experts:
             e.known.pop(key, None)
+    self.has_idle = any(not rows for rows in self.holders.values())
 
 # %% ../../nbs/decode/15_engine.ipynb #6ea47244
 @patch
-def _admit(self: Engine, m: int):
-    "Put the next `m` prepared rows into slots and choose their first tokens."
-    rows = [self.ready.popleft() for _ in range(m)]
-    keys = [r.key for r in rows if r.key]
+def _news(self: Engine, rows: list[Row]) -> tuple[list, bool]:
+    "Keys of the images whose features these rows need, and whether what is read of them is kept for more rows."
+    keys = [r.key for r in rows if r.images]
     unique = list(dict.fromkeys(keys))
     sees = next((e for e in self.experts if e.image_token is not None), None)
-    more = any(self.holders[k] > keys.count(k) for k in unique) or self.queue and self.queue[0].key in unique  # rows about these images are yet to come
-    share = bool(more) or len(unique) < len(keys) or any(k in sees.known for k in unique)
-    fresh = [k for k in unique if k not in sees.known] if share else keys
-    pixels = [{name: torch.cat([enc.pixels[k][name] for k in fresh]) for name in enc.pixels[fresh[0]]} if fresh and enc.image_token is not None else {} for enc in self.encoders]
-    inputs = look(self.experts, self.leader, pixels, self.noise_seed) if fresh else [{}] * len(self.experts)
-    a, b = self.n, self.n + m
-    self._seat(rows, a, b)
-    for e in self.experts:
-        e.reserve(max(len(r.prompts[e.encoder].ids) + min(r.sampling.max_new_tokens, 1024) for r in rows) + 16)
-    logits = [e.admit(a, [r.prompts[e.encoder] for r in rows], fresh, x, pixels[e.encoder].get("image_grid_thw"), share) for e, x in zip(self.experts, inputs)]
-    self.rows[a:b] = rows
-    self.n = b
-    self._choose(a, b, logits)
-    if any(e.map for e in self.experts) and (share := float(self.shared.mean())) < .5:
-        raise TitaError(f"the tokens that base and reward share carry {share:.0%} of the base's probability, too little for guidance; take two models of one family")
+    is_wanted_again = any(self.holders[k] > keys.count(k) for k in unique) or bool(self.queue) and self.queue[0].key in unique
+    shares = is_wanted_again or len(unique) < len(keys) or any(k in sees.known for k in unique)
+    return [k for k in unique if k not in sees.known] if shares else keys, shares
 
 @patch
+def _read(self: Engine, rows: list[Row]) -> list[Tensor]: # of each expert (m, V), the logits of the first token
+    "Read the prompts of new rows."
+    fresh, shares = self._news(rows)
+    pixels = [_joined(enc, fresh) for enc in self.encoders]
+    inputs = look(self.experts, self.leader, pixels, self.noise_seed) if fresh else [{}] * len(self.experts)
+    logits = []
+    for e, x in zip(self.experts, inputs):
+        prompts = [r.prompts[e.encoder] for r in rows]
+        e.reserve(max(len(p.ids) + min(r.sampling.max_new_tokens, 1024) for p, r in zip(prompts, rows)) + 16)
+        logits.append(e.admit(self.n, prompts, fresh, x, pixels[e.encoder].get("image_grid_thw"), shares))
+    return logits
+
+def _joined(enc: Encoder, keys: list) -> dict:
+    "The tensors of several images."
+    if not keys or enc.image_token is None:
+        return {}
+    return {name: torch.cat([enc.pixels[k][name] for k in keys]) for name in enc.pixels[keys[0]]}
+
+# %% ../../nbs/decode/15_engine.ipynb #6ea47245
+@patch
+def _admit(self: Engine, m: int) -> list[tuple[Row, Output]]: # rows that could not be read
+    "Put the next `m` prepared rows into slots and choose their first tokens; where that fails, one by one."
+    rows = [self.ready.popleft() for _ in range(m)]
+    a, b = self.n, self.n + m
+    try:
+        self._seat(rows, a, b)
+        logits = self._read(rows)
+    except Exception as e:
+        return self._admit_each(rows, e)
+    self.rows[a:b] = rows
+    self.n = b
+    self._survey()
+    self._choose(a, b, logits)
+    return self._harvest(a, b)
+
+@patch
+def _admit_each(self: Engine, rows: list[Row], e: Exception) -> list[tuple[Row, Output]]:
+    "Rows that cannot be read together are read one by one; the one that cannot be read alone has the error."
+    if len(rows) == 1:
+        rows[0].error = _reason(e)
+        return [self._let_go(rows[0])]
+    self.ready.extendleft(reversed(rows))
+    return [out for _ in rows for out in self._admit(1)]
+
+# %% ../../nbs/decode/15_engine.ipynb #6ea47247
+@patch
 def _seat(self: Engine, rows: list[Row], a: int, b: int):
-    "Fill in the slots' book-keeping for new rows."
-    for s in dict.fromkeys(r.sampling for r in rows):
-        if s not in self.groups:
-            self.groups.append(s)
-            ends = torch.zeros(1, self.vocab, dtype=torch.bool)
-            ends[0, [t for t in s.eos if 0 <= t < self.vocab]] = True
-            self.ends = torch.cat([self.ends, ends])
-    place = {s: i for i, s in enumerate(self.groups)}
-    self.group[a:b], self.seed[a:b] = torch.tensor([place[r.sampling] for r in rows]), torch.tensor([r.seed for r in rows])
-    self.limit[a:b] = torch.tensor([min(r.sampling.max_new_tokens, *(e.context - len(r.prompts[e.encoder].ids) for e in self.experts)) for r in rows])
+    "Fill in the records of the slots a to b for new rows."
+    self.seed[a:b] = torch.tensor([r.seed for r in rows])
+    self.limit[a:b] = torch.tensor([self._most(r) for r in rows])
     self.count[a:b] = 0
     self.forced[a:b] = -1
-    self.heard |= any(r.on_token for r in rows)
-    if forced := [(a + i, r.forced) for i, r in enumerate(rows) if r.forced is not None]:
-        self._widen(max(len(f) for _, f in forced))
-        self.forcing = True
-        for i, f in forced:
-            self.forced[i, :len(f)], self.limit[i] = torch.tensor(f), len(f)
+    for i, row in enumerate(rows, a):
+        self.group[i] = self._place(row.sampling, i)
+        self.lam[i] = math.nan if row.lam is None else row.lam
+        self.bound[i] = math.nan if row.bound is None else row.bound
+        if row.sampling.stop:
+            row.text = Text(self.tokenizer)
+        if self.warpers[self.group[i]] is None:
+            row.rules = row.sampling.processors(self.experts[0].core, row.prompts[0].ids, self.processors, self.experts[0].device)
+        if row.forced is not None:
+            self._widen(len(row.forced))
+            self.forced[i, :len(row.forced)] = torch.tensor(row.forced)
+
+@patch
+def _most(self: Engine, row: Row) -> int:
+    "How many tokens the row may have."
+    if row.forced is not None:
+        return len(row.forced)
+    most = min(e.context - len(row.prompts[e.encoder].ids) for e in self.experts)
+    s = row.sampling
+    return min(most, s.max_length - len(row.prompts[0].ids) if s.max_length else s.max_new_tokens)
+
+# %% ../../nbs/decode/15_engine.ipynb #6ea47248
+@patch
+def _place(self: Engine, s: Sampling, slot: int) -> int: # of these settings among `groups`
+    "Settings that rows share are noted once; those of no row before this slot make room for others."
+    if s in self.groups:
+        return self.groups.index(s)
+    rules = s.processors(self.experts[0].core, extra=self.processors, device=self.experts[0].device)
+    warpers = rules if all(isinstance(r, TEXT_FREE) for r in rules) else None # None: a row has its own
+    ends = torch.zeros(1, self.vocab, dtype=torch.bool)
+    ends[0, [t for t in s.eos if 0 <= t < self.vocab]] = True
+    free = set(range(len(self.groups))) - set(self.group[:slot].tolist())
+    if not free:
+        self.groups.append(s)
+        self.warpers.append(warpers)
+        self.ends = torch.cat([self.ends, ends])
+        return len(self.groups) - 1
+    place = min(free)
+    self.groups[place], self.warpers[place], self.ends[place] = s, warpers, ends[0]
+    return place
 
 @patch
 def _widen(self: Engine, width: int):
     "Make the records of tokens wide enough."
-    if (more := max(width, 2 * self.tokens.shape[1]) - self.tokens.shape[1]) <= 0 or width <= self.tokens.shape[1]:
+    if width <= self.tokens.shape[1]:
         return
+    more = max(width, 2 * self.tokens.shape[1]) - self.tokens.shape[1]
     for name in ("tokens", "base_tokens", "forced"):
         setattr(self, name, F.pad(getattr(self, name), (0, more), value=-1))
     self.rewards = F.pad(self.rewards, (0, more))
@@ -311,49 +502,92 @@ def _common(self: Engine, logits: list[Tensor]) -> list[Tensor]: # each (..., V)
     out = [base]
     for e, x in zip(self.experts[1:], logits[1:]):
         x = x.to(base.device)
-        if e.map is None:
-            out.append(x[..., :self.vocab])
-            continue
-        x, self.shared = carry_over(base.float().log_softmax(-1), x.float().log_softmax(-1), e.map.index[:self.vocab].to(base.device))
-        out.append(x)
+        if e.map is not None:
+            index = e.map.index[:self.vocab].to(base.device)
+            x, self.shared = carry_over(base.float().log_softmax(-1), x.float().log_softmax(-1), index)
+        out.append(x[..., :self.vocab])
     return out
 
 @patch
-def _score(self: Engine, logits: list[Tensor]) -> tuple[Tensor, Tensor | None]: # scores and signal
-    "The equation, on logits from `_common`."
-    base, *others = logits
-    if not others:
-        return base.float(), None
-    return self.guidance(base, others[:self.n_rewards], others[self.n_rewards:])
+def _score(self: Engine, logits: list[Tensor], rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]: # scores and signal
+    "The equation, on logits from `_common` of these slots (None: the running ones)."
+    if len(logits) == 1:
+        return logits[0].float(), None
+    rows = torch.arange(len(logits[0])) if rows is None else rows
+    try:
+        return self._guide(logits, rows)
+    except Exception:
+        parts = [self._guide_alone([x[i:i + 1] for x in logits], rows[i:i + 1]) for i in range(len(rows))]
+        return tuple(torch.cat(p) for p in zip(*parts))
 
+# %% ../../nbs/decode/15_engine.ipynb #217de2fc
+@patch
+def _guide(self: Engine, logits: list[Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    base, rewards, references = logits[0], logits[1:1 + self.n_rewards], logits[1 + self.n_rewards:]
+    if not self.has_own_strength:
+        return self.guidance(base, rewards, references)
+    own = lambda x: x[rows].to(base.device).view(-1, *[1] * (base.ndim - 1)) # (m, 1) or (m, 1, 1)
+    return self.guidance(base, rewards, references, lam=own(self.lam), bound=own(self.bound))
+
+@patch
+def _guide_alone(self: Engine, logits: list[Tensor], row: Tensor) -> tuple[Tensor, Tensor]:
+    "One row; if its guidance fails, this is noted and its scores are no numbers."
+    try:
+        return self._guide(logits, row)
+    except Exception as e:
+        self.why[int(row)] = f"the guidance failed ({_reason(e)}); mend the λ or gate that is a function"
+        nothing = torch.full_like(logits[0], math.nan, dtype=torch.float32)
+        return nothing, nothing
+@patch
+def _bounds(self: Engine) -> Tensor: # (n) nats, of the running rows
+    own, usual = self.bound[:self.n], math.inf if self.guidance.bound is None else self.guidance.bound
+    return torch.where(own.isnan(), torch.full_like(own, usual), own)
+
+# %% ../../nbs/decode/15_engine.ipynb #217de2fe
 @patch
 def _history(self: Engine, i: int) -> list[int]:
     return self.rows[i].prompts[0].ids + self.tokens[i, :self.count[i]].tolist()
 
 @patch
-def _warp(self: Engine, s: Sampling, scores: Tensor, slots: list[int]) -> Tensor:
-    "Logits processors on the scores of rows with the same settings."
-    if s.repetition_penalty != 1:
-        ids = [self._history(i) for i in slots]
-        width = max(map(len, ids))  # padded with a token that is there: the penalty is given once a token
-        scores = RepetitionPenaltyLogitsProcessor(s.repetition_penalty)(torch.tensor([x + x[:1] * (width - len(x)) for x in ids], device=scores.device), scores)
-    for process in self.processors:
-        scores = torch.cat([process(torch.tensor([self._history(i)], device=scores.device), scores[j:j + 1]) for j, i in enumerate(slots)])
-    for warp in s.warpers:
-        scores = warp(None, scores)
+def _warp(self: Engine, s: Sampling, scores: Tensor, slots: list[int]) -> Tensor: # (m, V)
+    "Logits processors on the scores (m, V) of rows with the same settings; `slots` count only if these read the text."
+    warpers = self.warpers[self.groups.index(s)]
+    if warpers is not None:
+        for process in warpers:
+            scores = process(None, scores)
+        return scores
+    for k in range(len(self.rows[slots[0]].rules)):
+        scores = self._apply([self.rows[i].rules[k] for i in slots], scores, slots)
     return scores
 
 @patch
+def _apply(self: Engine, rules: list, scores: Tensor, slots: list[int]) -> Tensor:
+    "The same kind of processor, of each row its own."
+    if isinstance(rules[0], TEXT_FREE):
+        return rules[0](None, scores)
+    texts = [self._history(i) for i in slots]
+    if isinstance(rules[0], RepetitionPenaltyLogitsProcessor): # padded with a token that is there: it is punished once
+        width = max(map(len, texts))
+        texts = [t + t[:1] * (width - len(t)) for t in texts]
+        return rules[0](torch.tensor(texts, device=scores.device), scores)
+    return torch.cat([self._apply_alone(*x) for x in zip(rules, texts, scores.split(1), slots)])
+
+# %% ../../nbs/decode/15_engine.ipynb #217de2ff
+@patch
+def _apply_alone(self: Engine, process: Callable, text: list[int], scores: Tensor, slot: int) -> Tensor: # (1, V)
+    "One processor on one row; what goes wrong is noted."
+    try:
+        return process(torch.tensor([text], device=scores.device), scores)
+    except Exception as e:
+        self.why[slot] = f"a logits processor failed ({_reason(e)})"
+        return scores
+
+@patch
 def _couples(self: Engine, s: Sampling) -> bool:
-    "Whether rows with these settings draw in two stages: their processors must not look at the text so far."
-    return bool(s.temperature and self.n_rewards and s.repetition_penalty == 1 and not self.processors)
+    "Whether rows with these settings draw in two stages: their processors must not read the text so far."
+    return bool(s.temperature and self.n_rewards and self.warpers[self.groups.index(s)] is not None)
 
 # %% ../../nbs/decode/15_engine.ipynb #84a359d3
-@patch
-def _greedy(self: Engine) -> bool:
-    "Whether no row draws, and none has its scores changed."
-    return not self.processors and all(not s.temperature and s.repetition_penalty == 1 for s in self.groups)
-
 @patch
 def _pick(self: Engine,
     scores: Tensor, # (m, J, V) aligned
@@ -368,158 +602,232 @@ def _pick(self: Engine,
         if self.watch and drafted is not None:
             self.hits = (tokens == (drafted.argmax(-1) if proposals is None else proposals)).cpu()
         return tokens.cpu()
-    (m, J), tokens = scores.shape[:2], torch.empty(scores.shape[:2], dtype=torch.long)
-    self.hits = torch.zeros(m, J, dtype=torch.bool) # where the drafter was right
+    tokens = torch.empty(scores.shape[:2], dtype=torch.long)
+    self.hits = torch.zeros(scores.shape[:2], dtype=torch.bool) # where the drafter was right
     for g in self.group[a:b].unique().tolist():
-        s, at = self.groups[g], (self.group[a:b] == g).nonzero()[:, 0]
-        all_ = len(at) == m
-        dev = at.to(scores.device)
-        flat = lambda x: (x if all_ else x[dev]).reshape(len(at) * J, -1)
-        p = self._warp(s, flat(scores), (a + at).tolist() if s.repetition_penalty != 1 or self.processors else [])
-        seeds, t = self.seed[a + at].repeat_interleave(J).to(p.device), (self.count[a + at, None] + ahead + torch.arange(J)).flatten().to(p.device)
-        x = None if proposals is None else flat(proposals)[:, 0]
-        if not s.temperature:
-            new = p.argmax(-1)
-        elif not self._couples(s):
-            new = invert(p.double().softmax(-1), uniform(seeds, 4 * t + 3))
-        else:
-            q = self._warp(s, flat(drafted), [])
-            x = propose(q, seeds, t) if x is None else x
-            new = accept(p, q, x, seeds, t)
-        if self.watch and drafted is not None:
-            self.hits[at] = (new == (flat(drafted).argmax(-1) if x is None else x)).view(-1, J).cpu()
-        tokens[at] = new.view(-1, J).cpu()
+        at = (self.group[a:b] == g).nonzero()[:, 0]
+        parts = [x if x is None or len(at) == b - a else x[at.to(x.device)] for x in (scores, drafted, proposals)]
+        new, guess = self._draw(self.groups[g], a + at, *parts)
+        tokens[at] = new.cpu()
+        if self.watch and guess is not None:
+            self.hits[at] = (new == guess).cpu()
     return tokens
+
+# %% ../../nbs/decode/15_engine.ipynb #84a359d4
+@patch
+def _draw(self: Engine,
+    s: Sampling, # settings of all these rows
+    slots: Tensor, # (m)
+    scores: Tensor, drafted: Tensor | None, proposals: Tensor | None, # as for `_pick`
+) -> tuple[Tensor, Tensor | None]: # (m, J) tokens, and what the drafter took them for
+    "Tokens of rows with the same settings."
+    m, J, V = scores.shape
+    p = self._warp(s, scores.reshape(-1, V), slots.tolist()).view(m, J, V)
+    guess = proposals if proposals is not None or drafted is None else drafted.argmax(-1)
+    if not s.temperature:
+        return p.argmax(-1), guess
+    seeds = self.seed[slots, None].expand(m, J).to(p.device)
+    t = (self.count[slots, None] + torch.arange(J)).to(p.device) # (m, J) which token of the answer it is
+    if not self._couples(s):
+        return invert(p.double().softmax(-1), uniform(seeds, 4 * t + 3)), guess
+    q = self._warp(s, drafted.reshape(-1, V), []).view(m, J, V)
+    guess = propose(q, seeds, t) if proposals is None else proposals
+    return accept(p, q, guess, seeds, t), guess
 
 # %% ../../nbs/decode/15_engine.ipynb #9398fbba
 @patch
 def _choose(self: Engine, a: int, b: int, logits: list[Tensor]):
     "Choose the next token of the rows a to b from (m, V) logits of each expert, and note it."
-    logits = self._common(logits)
-    scores, d = self._score(logits)
-    tokens = self._pick(scores[:, None], logits[1][:, None] if self.n_rewards else None, a, b)[:, 0]
     rows, at = torch.arange(a, b), self.count[a:b].clone()
+    logits = self._common(logits)
+    scores, d = self._score(logits, rows)
+    tokens = self._pick(scores[:, None], logits[1][:, None] if self.n_rewards else None, a, b)[:, 0]
     self.good = ~scores.isnan().any(-1).cpu()
     self._widen(int(at.max()) + 1)
-    if self.forcing:
+    if self.is_forced:
         tokens = torch.where(self.forced[rows, at] >= 0, self.forced[rows, at], tokens)
     self.tokens[rows, at] = self.last[a:b] = tokens
-    if d is None:
-        self.base_tokens[rows, at], self.rewards[rows, at] = tokens, 0.
-    else:
-        self.base_tokens[rows, at], self.rewards[rows, at] = logits[0].argmax(-1).cpu(), d.gather(-1, tokens.to(d.device)[:, None])[:, 0].cpu()
+    self.base_tokens[rows, at], self.rewards[rows, at] = tokens, 0.
+    if d is not None:
+        self.base_tokens[rows, at] = logits[0].argmax(-1).cpu()
+        self.rewards[rows, at] = d.gather(-1, tokens.to(d.device)[:, None])[:, 0].cpu()
     self.count[a:b] += 1
     self.produced += b - a
-    for i, row in enumerate(self.rows[a:b], a) if self.heard else ():
-        if row.on_token:
-            row.on_token(int(tokens[i - a]), float(self.rewards[i, at[i - a]]))
+    self._check_shared(rows)
+    self._tell(at, self.count[a:b], a)
+
+@patch
+def _tell(self: Engine, before: Tensor, now: Tensor, a: int = 0):
+    "Call the rows that listen, from slot a on, with their new tokens; a listener that fails ends its own row."
+    for i, row in enumerate(self.rows[a:a + len(now)], a) if self.is_heard else ():
+        for t in range(int(before[i - a]), int(now[i - a])) if row.on_token else ():
+            try:
+                row.on_token(int(self.tokens[i, t]), float(self.rewards[i, t]))
+            except Exception as e:
+                self.why[i] = f"on_token failed ({_reason(e)})"
+
+# %% ../../nbs/decode/15_engine.ipynb #9398fbbb
+@patch
+def _check_shared(self: Engine, rows: Tensor):
+    "Where base and reward have different tokenizers, what both have must carry the first token."
+    if not any(e.map for e in self.experts):
+        return
+    for i, share in zip(rows.tolist(), self.shared.flatten().tolist()):
+        if share < .5 and self.count[i] == 1:
+            self.why[i] = (f"the tokens that base and reward share carry {share:.0%} of the base's probability, "
+                "too little for guidance; take two models of one family")
 
 # %% ../../nbs/decode/15_engine.ipynb #e6b242b3
 @patch
 def _stopped(self: Engine, i: int) -> bool:
     "Whether the text of slot `i` holds one of its stop strings."
-    stop = self.groups[self.group[i]].stop
-    return bool(stop) and any(s in self.tokenizer.decode(self.tokens[i, :self.count[i]].tolist(), skip_special_tokens=True) for s in stop)
+    row = self.rows[i]
+    if not row.sampling.stop:
+        return False
+    row.text.add(self.tokens[i, len(row.text.tokens):self.count[i]].tolist())
+    return row.text.holds(row.sampling.stop)
+
+@patch
+def _endings(self: Engine, a: int, b: int) -> dict[int, str]: # slot to reason
+    "Which of the rows a to b have just ended, and why."
+    rows, at = torch.arange(a, b), self.count[a:b]
+    has_end = self.ends[self.group[a:b], self.last[a:b]] & (self.forced[rows, at - 1] < 0)
+    ends = dict.fromkeys(rows[at >= self.limit[a:b]].tolist(), "length")
+    ends |= dict.fromkeys((i for i in range(a, b) if self._stopped(i)) if self.has_stops else (), "stop")
+    ends |= dict.fromkeys(rows[has_end].tolist(), "eos")
+    broken = [i for i in rows[~self.good].tolist() if not self.rows[i].sampling.more.get("remove_invalid_values")]
+    return ends | dict.fromkeys([*broken, *self.why], "error")
 
 @patch
 def _harvest(self: Engine, a: int, b: int) -> list[tuple[Row, Output]]: # the rows that are over
     "Take out the rows among a to b that have just ended."
-    rows, at = torch.arange(a, b), self.count[a:b]
-    end = self.ends[self.group[a:b], self.last[a:b]]
-    if self.forcing:
-        end = end & (self.forced[rows, at - 1] < 0)
-    stop = torch.zeros(b - a, dtype=torch.bool)
-    if any(s.stop for s in self.groups):
-        stop = torch.tensor([self._stopped(i) for i in range(a, b)])
-    done = (end | stop | (at >= self.limit[a:b]) | ~self.good).nonzero()[:, 0]
-    if not len(done):
-        return []
-    why = ["error" if not g else "eos" if e else "stop" if s else "length" for e, s, g in zip(end[done].tolist(), stop[done].tolist(), self.good[done].tolist())]
-    out = self._outputs((a + done).tolist(), why)
-    self._leave((a + done).tolist(), [a + i for i, w in zip(done.tolist(), why) if w == "error"])
-    return out
+    return self._leave(self._endings(a, b))
 
 # %% ../../nbs/decode/15_engine.ipynb #62fb9888
 @patch
 def _outputs(self: Engine, slots: list[int], why: list[str]) -> list[tuple[Row, Output]]:
     "What the rows in these slots have to say."
-    width, out = int(self.count[slots].max()), []
-    tokens, base, rewards, count = (t.tolist() for t in (self.tokens[slots, :width], self.base_tokens[slots, :width], self.rewards[slots, :width], self.count[slots]))
-    texts = self.tokenizer.batch_decode([t[:n] for t, n in zip(tokens, count)], skip_special_tokens=True)
-    for i, text, t, b, r, n, w in zip(slots, texts, tokens, base, rewards, count, why):
-        row = self.rows[i]
-        self._close(row)
-        if w == "error":
-            out.append(self._fail(row, f"a model (or a λ or gate that is a function) gave NaN at token {n}; load the models in float32 or bfloat16, or check their weights"))
-            continue
-        for s in row.sampling.stop:
-            text = text.split(s)[0]
-        out.append((row, Output(text.strip(), t[:n], r[:n], b[:n], dict(prompt_tokens=len(row.prompts[0].ids), new_tokens=n, finish=w), question=row.asked, tokenizer=self.tokenizer)))
-    return out
+    width = int(self.count[slots].max())
+    said = [x[slots, :width].tolist() for x in (self.tokens, self.rewards, self.base_tokens)]
+    return [self._output(i, w, *(x[:self.count[i]] for x in lists)) for i, w, *lists in zip(slots, why, *said)]
 
+@patch
+def _output(self: Engine, i: int, why: str, tokens: list, rewards: list, base_tokens: list) -> tuple[Row, Output]:
+    row, n = self.rows[i], len(tokens)
+    if why == "error":
+        row.error = self.why.get(i) or (f"a model (or a λ or gate that is a function) gave NaN at token {n}; "
+            "load the models in float32 or bfloat16, or check their weights")
+        return self._let_go(row)
+    self._close(row)
+    text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+    for s in row.sampling.stop:
+        text = text.split(s)[0]
+    stats = dict(prompt_tokens=len(row.prompts[0].ids), new_tokens=n, finish=why)
+    return row, Output(text.strip(), tokens, rewards, base_tokens, stats, None, row.asked, self.tokenizer)
+
+# %% ../../nbs/decode/15_engine.ipynb #62fb9889
 @patch
 def _records(self: Engine) -> list[Tensor]:
     "What is noted per slot."
-    return [self.last, self.count, self.limit, self.seed, self.group, self.tokens, self.base_tokens, self.forced, self.rewards]
+    return [self.last, self.count, self.limit, self.seed, self.group, self.lam, self.bound,
+        self.tokens, self.base_tokens, self.forced, self.rewards]
 
 @patch
-def _leave(self: Engine, done: list[int], broken: list[int]):
-    "Free the slots in `done`; the running rows stay neighbours."
-    for e in self.experts:
-        for l, name in e.cache._stores() if broken else []:
-            getattr(l, name)[broken] = 0
-    gone, n = set(done), self.n - len(done)
-    holes, movers = [i for i in done if i < n], [i for i in range(n, self.n) if i not in gone]
+def _leave(self: Engine, ends: dict[int, str]) -> list[tuple[Row, Output]]:
+    "Free the slots of rows that end; the running rows stay neighbours."
+    if not ends:
+        return []
+    out = self._outputs(list(ends), list(ends.values()))
+    self._wipe([i for i, why in ends.items() if why == "error"])
+    n = self.n - len(ends)
+    holes, movers = [i for i in ends if i < n], [i for i in range(n, self.n) if i not in ends]
     if holes:
-        for e in self.experts:
-            e.cache.copy(e.cache, torch.tensor(movers), torch.tensor(holes), int(e.lens[movers].max()))
-            for t in (e.lens, e.delta, e.start):
-                t[holes] = t[movers]
-        for t in self._records():
-            t[holes] = t[movers]
-        for h, m in zip(holes, movers):
-            self.rows[h] = self.rows[m]
+        self._move(movers, holes)
     del self.rows[n:]
     self.n = n
+    self.why.clear()
+    self._survey()
+    return out
+
+@patch
+def _wipe(self: Engine, slots: list[int]):
+    for e in self.experts if slots else ():
+        for layer, name in e.cache._stores():
+            getattr(layer, name)[slots] = 0
+
+@patch
+def _move(self: Engine, movers: list[int], holes: list[int]):
+    "Rows take the places of rows that are over."
+    for e in self.experts:
+        e.cache.copy(e.cache, torch.tensor(movers), torch.tensor(holes), int(e.lens[movers].max()))
+    for t in (*self._records(), *(t for e in self.experts for t in (e.lens, e.delta, e.start))):
+        t[holes] = t[movers]
+    for h, m in zip(holes, movers):
+        self.rows[h] = self.rows[m]
 
 # %% ../../nbs/decode/15_engine.ipynb #b1191592
 @patch
 def _refill(self: Engine, budget: int = 1 << 15) -> list[tuple[Row, Output]]: # rows that were over at once
     "Admit waiting rows, at most `budget` prompt tokens at a time."
     out = []
-    while (self.queue or self.ready) and self.n < self.slots:
-        free = self.slots - self.n
-        if self.n and free < min(self.patience, len(self.queue) + len(self.ready)):
+    while (self.queue or self.ready) and (free := self.slots - self.n):
+        if self.n and free < min(self.least_free, len(self.queue) + len(self.ready)):
             break
         if len(self.ready) < free and self.queue:
             out += self._prepare()
-        m = room = 0
-        while m < min(free, len(self.ready)) and (not m or room + len(self.ready[m].prompts[0].ids) <= budget):
-            room += len(self.ready[m].prompts[0].ids)
-            m += 1
-        if m:
-            self._admit(m)
-            out += self._harvest(self.n - m, self.n)
+        if m := self._fitting(free, budget):
+            out += self._admit(m)
     return out
 
+@patch
+def _fitting(self: Engine, free: int, budget: int) -> int:
+    "How many of the prepared rows are read next: one at least, if there is any."
+    m = tokens = 0
+    while m < min(free, len(self.ready)) and (not m or tokens + len(self.ready[m].prompts[0].ids) <= budget):
+        tokens += len(self.ready[m].prompts[0].ids)
+        m += 1
+    return m
+
+# %% ../../nbs/decode/15_engine.ipynb #b1191593
 @patch
 @torch.inference_mode()
 def step(self: Engine) -> list[tuple[Row, Output]]: # the rows that ended
     "Refill, then one token for every running row."
-    out = self._refill()
+    out = self._take_out() + self._refill()
     if self.n:
-        self._advance()
-        out += self._harvest(0, self.n)
+        out += self._go_on()
     self._release()
     self.steps += 1
     return out
 
 @patch
+def _go_on(self: Engine) -> list[tuple[Row, Output]]:
+    try:
+        self._advance()
+    except Exception as e:
+        return self._fail_all(_reason(e))
+    return self._harvest(0, self.n)
+
+@patch
+def _fail_all(self: Engine, why: str) -> list[tuple[Row, Output]]:
+    "No running row can go on."
+    rows, self.rows = self.rows, []
+    for row in rows:
+        row.error = why
+    self._wipe(list(range(self.n)))
+    self.n = 0
+    self.why.clear()
+    self._survey()
+    return [self._let_go(row) for row in rows]
+
+@patch
 def _advance(self: Engine):
     "One token for every running row."
-    n, logits, one = self.n, [], (self.last[:self.n, None], torch.ones(self.n, dtype=torch.long))
+    n, logits = self.n, []
+    one = self.last[:n, None], torch.ones(n, dtype=torch.long)
     for e in self.experts:
         tokens, q = one if e.map is None else e.map.block(self.last[:n].tolist())
-        logits.append(e.forward(e.cache, slice(0, n), tokens, e.lens[:n], at=q - 1, delta=e.delta[:n] if e.mrope else 0))
+        delta = e.delta[:n] if e.mrope else 0
+        logits.append(e.forward(e.cache, slice(0, n), tokens, e.lens[:n], at=q - 1, delta=delta))
         e.lens[:n] += q
     self._choose(0, n, logits)

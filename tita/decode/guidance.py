@@ -222,18 +222,25 @@ def strength(self: Guidance, step: Step) -> float | Tensor: # a number or (..., 
     lam = self.lam(step)
     return lam[..., None] if torch.is_tensor(lam) and lam.ndim == step.base.ndim - 1 else lam
 
+def _own(own: Tensor | None, usual):
+    "A row's own number, where it has one."
+    return usual if own is None else torch.where(own.isnan(), torch.as_tensor(usual).to(own), own)
+
 @patch
 def __call__(self: Guidance,
     base: Tensor, # (..., V) the base's logits
     rewards: list[Tensor] = (), # each (..., V) logits
     references: list[Tensor] = (), # each (..., V) logits
+    lam: Tensor | None = None, # (..., 1) λ of rows that have their own; NaN: they have not
+    bound: Tensor | None = None, # (..., 1) nats, the same
 ) -> tuple[Tensor, Tensor]: # (..., V) log p up to a constant, and (..., V) the signal; float32
     "The scores of the next token, in the base's own scale, and the signal in them."
     logps, rewards, references = _logps(base), [_logps(r) for r in rewards], [_logps(r) for r in references]
     step = Step(logps, rewards, references, signal(self.form, logps, rewards, references, self.weights))
-    gate, bound = parse_gate(self.gate), math.inf if self.bound is None else self.bound
-    opening = 1. if gate is None else torch.as_tensor(gate(step)).clamp(0., 1.)
-    scores = guide(base.float(), step.signal, self.strength(step), bound, opening)
+    gate = parse_gate(self.gate)
+    openness = 1. if gate is None else torch.as_tensor(gate(step)).clamp(0., 1.)
+    lam = _own(lam, self.strength(step))
+    scores = guide(base.float(), step.signal, lam, _own(bound, math.inf if self.bound is None else self.bound), openness)
     if self.plausibility:
         scores = scores.masked_fill(~plausible(logps, self.plausibility), -math.inf)
     return scores, step.signal

@@ -212,7 +212,27 @@ def _ends_at(self: SpeculativeEngine, targets: Tensor, keep: Tensor) -> Tensor: 
     return torch.minimum(keep, first)
 
 @patch
-def _cut_at_stop(self: SpeculativeEngine, before: Tensor, keep: Tensor) -> Tensor: # (n)
+def _write(self: SpeculativeEngine, targets: Tensor, keep: Tensor, scores: Tensor, d: Tensor, base: Tensor):
+    "Note the first `keep` of the targets of each row."
+    n, J = targets.shape
+    self._widen(int((self.count[:n] + keep).max()))
+    rewards, own = token_rewards(d, targets.to(d.device)).cpu(), base.argmax(-1).cpu()
+    row, j = (torch.arange(J) < keep[:, None]).nonzero().unbind(1)
+    at = self.count[row] + j
+    self.tokens[row, at], self.rewards[row, at], self.base_tokens[row, at] = targets[row, j], rewards[row, j], own[row, j]
+    self.good = ~(scores.isnan().any(-1).cpu() & (torch.arange(J) < keep[:, None])).any(1)
+    before = self.count[:n].clone()
+    if self.has_stops:
+        keep = self._cut_at_stop(before, keep)
+    self.count[:n] += keep
+    self.last[:n] = self.tokens[torch.arange(n), self.count[:n] - 1]
+    self.produced += int(keep.sum())
+    for e in self.experts:
+        e.lens[:n] += keep
+    self._tell(before, self.count[:n])
+
+@patch
+def _cut_at_stop(self: SpeculativeEngine, before: Tensor, keep: Tensor) -> Tensor:
     "Cut where the first stop string is complete."
     keep = keep.clone()
     for i in range(self.n):
@@ -307,8 +327,37 @@ def _note_late(self: SpeculativeEngine, rows: Tensor, at: Tensor, known: Tensor,
     i, j = known.nonzero().unbind(1)
     token = self.tokens[rows[i], at[i, j]]
     said = [x[i, j].float().log_softmax(-1).gather(-1, token[:, None].to(x.device)).cpu() for x in logits]
-    k, g, place = self.n_rewards, self.guidance, (rows[i], at[i, j])
-    self.rewards[place] = signal(g.form, self.own[place][:, None], said[:k], said[k:], g.weights)[:, 0]
+    k = self.n_rewards
+    g = self.guidance
+    d = signal(g.form, self.own[rows[i], at[i, j]][:, None], said[:k], said[k:], g.weights)
+    self.rewards[rows[i], at[i, j]] = d[:, 0]
+
+# %% ../../nbs/decode/17_speculation.ipynb #99e8e583
+@patch
+def _lazy(self: SpeculativeEngine):
+    "One token for each row; the others run for those where the base is unsure."
+    n, base, self.lagging = self.n, self.experts[0], True
+    rows, at = torch.arange(n), self.count[:n].clone()
+    logits = base.forward(base.cache, slice(0, n), self.last[:n, None], base.lens[:n], delta=self._delta(base))[:, 0, :self.vocab]
+    base.lens[:n] += 1
+    tokens = logits.argmax(-1).cpu()
+    hard = (~settled(logits.float(), self._bounds().to(logits.device))).cpu()
+    self._widen(int(at.max()) + 1)
+    self.own[rows, at] = logits.float().log_softmax(-1).gather(-1, tokens[:, None].to(logits.device))[:, 0].cpu()
+    self.base_tokens[rows, at], self.rewards[rows, at], self.good = tokens, 0., ~logits.isnan().any(-1).cpu()
+    if hard.any():
+        h = hard.nonzero()[:, 0]
+        scores, d = self._score(self._common([logits[h], *self._catch_up(h)]), h)
+        tokens[h] = scores.argmax(-1).cpu()
+        self.good[h] &= ~scores.isnan().any(-1).cpu()
+        self.rewards[h, at[h]] = token_rewards(d, tokens[h].to(d.device)).cpu()
+    self.asked += int(hard.sum())
+    self.answered += n
+    self._doubt(hard, .1)
+    self.tokens[rows, at] = self.last[:n] = tokens
+    self.count[:n] += 1
+    self.produced += n
+    self._tell(at, self.count[:n])
 
 # %% ../../nbs/decode/17_speculation.ipynb #99e8e582
 @patch
@@ -397,16 +446,11 @@ def _may_be_lazy(self: SpeculativeEngine) -> bool:
 def _longest_draft(self: SpeculativeEngine) -> int:
     "What the rows still may say, and what their contexts still hold."
     n = self.n
-    to_say = int((self.limit[:n] - self.count[:n]).max()) - 1
-    room = min(e.context - int(e.lens[:n].max()) for e in self.experts) - 1
-    return max(0, min(to_say, room))
-
-# %% ../../nbs/decode/17_speculation.ipynb #5b170018
-@patch
-def _fixed_mode(self: SpeculativeEngine) -> int | str: # a draft length, or "lazy"
-    "The mode that was asked for, as far as it goes."
-    if self._must_be_plain():
+    room = min(e.context - int(e.lens[:n].max()) for e in self.experts) - 1 # no row may draft beyond its context
+    most = min(room, int((self.limit[:n] - self.count[:n]).max()) - 1)
+    if self.forcing or any(e.map for e in self.experts):
         return 0
+    lazy = self.guidance.lazy and self._greedy()
     if self.draft == "lazy":
         return "lazy" if self._may_be_lazy() else 0
     return min(self.draft, self._longest_draft())
@@ -435,66 +479,19 @@ def _plain(self: SpeculativeEngine):
     "One token a row, watching what the drafter would have done."
     super(SpeculativeEngine, self)._advance()
     if not self.forcing:
-        self.trials.watch(self.hits[:, 0])
+        self.new[:n] += 1
+        self.new_right[:n] += self.hits[:, 0]
+    if look and self.guidance.lazy:
+        self._doubt((~settled(self._seen.float(), self._bounds().to(self._seen.device))).cpu(), .3)
 
 @patch
-def _score(self: SpeculativeEngine, logits: list[Tensor]):
-    self.base_logits = logits[0][..., :self.vocab]
-    return super(SpeculativeEngine, self)._score(logits)
-
-# %% ../../nbs/decode/17_speculation.ipynb #5b170023
-@patch
-def _timed(self: SpeculativeEngine, mode: int | str) -> float: # seconds
-    "A step in a mode, measured."
-    if mode != "lazy":
-        self._settle(torch.arange(self.n))
-    started = self.clock()
-    if mode == "lazy":
-        self._lazy()
-        started, self.owed = started - self.owed, 0.
-    elif mode:
-        self._block(mode)
-    else:
-        self._plain()
-    seconds = self.clock() - started
-    self.pace.note(self.n, mode, seconds)
-    return seconds
-
-# %% ../../nbs/decode/17_speculation.ipynb #5b17001c
-@patch
-def _advance(self: SpeculativeEngine):
-    "One step, in the mode that suits."
-    if self.draft != "auto":
-        self._timed(self._fixed_mode())
-        return
-    if not self.looks.plain_steps_to_make and self.pace.due(self.n):
-        self.looks.plain_steps_to_make = 1
-    if self.looks.plain_steps_to_make:
-        self.looks.plain_steps_to_make -= 1
-        self._timed(0)
-        return
-    mode, promised = self._best_mode()
-    if mode == 0:
-        self._look_in_vain()
-    else:
-        self._take(mode, promised)
-
-# %% ../../nbs/decode/17_speculation.ipynb #5b17001d
-@patch
-def _look_in_vain(self: SpeculativeEngine):
-    "A plain step after a look that promised nothing."
-    self.pace.forgive(self.n, 1 + self.looks.last_pause)
-    self.looks.found_nothing()
-    self._settle(torch.arange(self.n))
-    self._plain()
-    if self.guidance.lazy:
-        self._doubt((~settled(self.base_logits.float(), self.guidance.bound)).cpu(), .3)
+def _doubt(self: SpeculativeEngine, hard: Tensor, weight: float):
+    "Learn where the base was unsure."
+    n = self.n
+    self.unsure[:n] += weight * (hard.float() - self.unsure[:n])
+    self.pace.note_unsure(float(hard.float().mean()), weight / 2)
 
 @patch
-def _take(self: SpeculativeEngine, mode: int | str, promised: float | None):
-    "The way that a look found; what it brings is compared with what it promised."
-    self.looks.found_a_way()
-    before = self.produced
-    seconds = self._timed(mode)
-    if promised:
-        self.pace.note_block(self.n, promised, (self.produced - before) / self.n, seconds)
+def _score(self: SpeculativeEngine, logits: list[Tensor], rows: Tensor | None = None):
+    self._seen = logits[0][..., :self.vocab]
+    return super(SpeculativeEngine, self)._score(logits, rows)
