@@ -327,37 +327,8 @@ def _note_late(self: SpeculativeEngine, rows: Tensor, at: Tensor, known: Tensor,
     i, j = known.nonzero().unbind(1)
     token = self.tokens[rows[i], at[i, j]]
     said = [x[i, j].float().log_softmax(-1).gather(-1, token[:, None].to(x.device)).cpu() for x in logits]
-    k = self.n_rewards
-    g = self.guidance
-    d = signal(g.form, self.own[rows[i], at[i, j]][:, None], said[:k], said[k:], g.weights)
-    self.rewards[rows[i], at[i, j]] = d[:, 0]
-
-# %% ../../nbs/decode/17_speculation.ipynb #99e8e583
-@patch
-def _lazy(self: SpeculativeEngine):
-    "One token for each row; the others run for those where the base is unsure."
-    n, base, self.lagging = self.n, self.experts[0], True
-    rows, at = torch.arange(n), self.count[:n].clone()
-    logits = base.forward(base.cache, slice(0, n), self.last[:n, None], base.lens[:n], delta=self._delta(base))[:, 0, :self.vocab]
-    base.lens[:n] += 1
-    tokens = logits.argmax(-1).cpu()
-    hard = (~settled(logits.float(), self._bounds().to(logits.device))).cpu()
-    self._widen(int(at.max()) + 1)
-    self.own[rows, at] = logits.float().log_softmax(-1).gather(-1, tokens[:, None].to(logits.device))[:, 0].cpu()
-    self.base_tokens[rows, at], self.rewards[rows, at], self.good = tokens, 0., ~logits.isnan().any(-1).cpu()
-    if hard.any():
-        h = hard.nonzero()[:, 0]
-        scores, d = self._score(self._common([logits[h], *self._catch_up(h)]), h)
-        tokens[h] = scores.argmax(-1).cpu()
-        self.good[h] &= ~scores.isnan().any(-1).cpu()
-        self.rewards[h, at[h]] = token_rewards(d, tokens[h].to(d.device)).cpu()
-    self.asked += int(hard.sum())
-    self.answered += n
-    self._doubt(hard, .1)
-    self.tokens[rows, at] = self.last[:n] = tokens
-    self.count[:n] += 1
-    self.produced += n
-    self._tell(at, self.count[:n])
+    k, g, place = self.n_rewards, self.guidance, (rows[i], at[i, j])
+    self.rewards[place] = signal(g.form, self.own[place][:, None], said[:k], said[k:], g.weights)[:, 0]
 
 # %% ../../nbs/decode/17_speculation.ipynb #99e8e582
 @patch
@@ -386,19 +357,28 @@ def _outputs(self: SpeculativeEngine, slots: list[int], why: list[str]):
 @patch
 def _lazy(self: SpeculativeEngine):
     "One token for each row; the others run for those where the base is unsure."
-    base, before, self.others_lag = self.experts[0], self.count[:self.n].clone(), True
-    self._widen(int(before.max()) + 1)
-    logits = self._append(base, self.last[:self.n, None])[:, 0, :self.vocab]  # (n, V)
-    base.lens[:self.n] += 1
-    hard = (~settled(logits.float(), self.guidance.bound)).cpu()
-    self._take_base(logits, before)
+    n, base, self.lagging = self.n, self.experts[0], True
+    rows, at = torch.arange(n), self.count[:n].clone()
+    logits = base.forward(base.cache, slice(0, n), self.last[:n, None], base.lens[:n], delta=self._delta(base))[:, 0, :self.vocab]
+    base.lens[:n] += 1
+    tokens = logits.argmax(-1).cpu()
+    hard = (~settled(logits.float(), self._bounds().to(logits.device))).cpu()
+    self._widen(int(at.max()) + 1)
+    self.own[rows, at] = logits.float().log_softmax(-1).gather(-1, tokens[:, None].to(logits.device))[:, 0].cpu()
+    self.base_tokens[rows, at], self.rewards[rows, at], self.good = tokens, 0., ~logits.isnan().any(-1).cpu()
     if hard.any():
-        self._ask_others(logits, hard.nonzero()[:, 0])
-    self.speculated.asked += int(hard.sum())
-    self.speculated.answered += self.n
+        h = hard.nonzero()[:, 0]
+        scores, d = self._score(self._common([logits[h], *self._catch_up(h)]), h)
+        tokens[h] = scores.argmax(-1).cpu()
+        self.good[h] &= ~scores.isnan().any(-1).cpu()
+        self.rewards[h, at[h]] = token_rewards(d, tokens[h].to(d.device)).cpu()
+    self.asked += int(hard.sum())
+    self.answered += n
     self._doubt(hard, .1)
-    self._lengthen(1)
-    self._tell(before)
+    self.tokens[rows, at] = self.last[:n] = tokens
+    self.count[:n] += 1
+    self.produced += n
+    self._tell(at, self.count[:n])
 
 @patch
 def _take_base(self: SpeculativeEngine, logits: Tensor, at: Tensor):
@@ -428,9 +408,29 @@ def _doubt(self: SpeculativeEngine, hard: Tensor, weight: float): # (n) bool
 
 # %% ../../nbs/decode/17_speculation.ipynb #dc68c4f2
 @patch
-def _settings(self: SpeculativeEngine) -> list:
-    "Of the running rows."
-    return [self.groups[g] for g in set(self.group[:self.n].tolist())]
+def _mode(self: SpeculativeEngine) -> int | str: # a draft length, or "lazy"
+    "How to make the next step."
+    n = self.n
+    room = min(e.context - int(e.lens[:n].max()) for e in self.experts) - 1 # no row may draft beyond its context
+    most = min(room, int((self.limit[:n] - self.count[:n]).max()) - 1)
+    if self.forcing or any(e.map for e in self.experts):
+        return 0
+    lazy = self.guidance.lazy and self._greedy()
+    if self.draft == "lazy":
+        return "lazy" if lazy else 0
+    if self.draft != "auto":
+        return max(0, min(most, self.draft))
+    self._learn(self.new_right[:n], self.new[:n])
+    self.new[:n] = self.new_right[:n] = 0
+    unsure = 1 - math.prod(1 - u for u in self.unsure[:n].tolist()) if lazy else 1.
+    rates, trials, last = self.rates, self.tried[:n].tolist(), not self.queue
+    mode = self.pace.best(n, rates, unsure, len(set(self.experts[0].lens[:n].tolist())) == 1, last, trials)
+    if last and n > 1:
+        self.pace.note_rows(rates, trials)
+    if mode == "lazy":
+        return mode
+    self.promised = self.pace.gains(n, rates)[mode] if mode <= most else None
+    return max(0, min(most, mode))
 
 @patch
 def _must_be_plain(self: SpeculativeEngine) -> bool:
@@ -446,14 +446,21 @@ def _may_be_lazy(self: SpeculativeEngine) -> bool:
 def _longest_draft(self: SpeculativeEngine) -> int:
     "What the rows still may say, and what their contexts still hold."
     n = self.n
-    room = min(e.context - int(e.lens[:n].max()) for e in self.experts) - 1 # no row may draft beyond its context
-    most = min(room, int((self.limit[:n] - self.count[:n]).max()) - 1)
-    if self.forcing or any(e.map for e in self.experts):
-        return 0
-    lazy = self.guidance.lazy and self._greedy()
-    if self.draft == "lazy":
-        return "lazy" if self._may_be_lazy() else 0
-    return min(self.draft, self._longest_draft())
+    to_say = int((self.limit[:n] - self.count[:n]).max()) - 1
+    room = min(e.context - int(e.lens[:n].max()) for e in self.experts) - 1
+    return max(0, min(to_say, room))
+
+# %% ../../nbs/decode/17_speculation.ipynb #5b170018
+@patch
+def _plain(self: SpeculativeEngine, look: bool = True):
+    "One token a row, watching what the drafter would have done, and on a look the bound."
+    n = self.n
+    super(SpeculativeEngine, self)._advance()
+    if not self.forcing:
+        self.new[:n] += 1
+        self.new_right[:n] += self.hits[:, 0]
+    if look and self.guidance.lazy:
+        self._doubt((~settled(self._seen.float(), self._bounds().to(self._seen.device))).cpu(), .3)
 
 @patch
 def _best_mode(self: SpeculativeEngine) -> tuple[int | str, float | None]: # and what it promises, for drafts
@@ -479,19 +486,66 @@ def _plain(self: SpeculativeEngine):
     "One token a row, watching what the drafter would have done."
     super(SpeculativeEngine, self)._advance()
     if not self.forcing:
-        self.new[:n] += 1
-        self.new_right[:n] += self.hits[:, 0]
-    if look and self.guidance.lazy:
-        self._doubt((~settled(self._seen.float(), self._bounds().to(self._seen.device))).cpu(), .3)
-
-@patch
-def _doubt(self: SpeculativeEngine, hard: Tensor, weight: float):
-    "Learn where the base was unsure."
-    n = self.n
-    self.unsure[:n] += weight * (hard.float() - self.unsure[:n])
-    self.pace.note_unsure(float(hard.float().mean()), weight / 2)
+        self.trials.watch(self.hits[:, 0])
 
 @patch
 def _score(self: SpeculativeEngine, logits: list[Tensor], rows: Tensor | None = None):
     self._seen = logits[0][..., :self.vocab]
     return super(SpeculativeEngine, self)._score(logits, rows)
+
+# %% ../../nbs/decode/17_speculation.ipynb #5b170023
+@patch
+def _timed(self: SpeculativeEngine, mode: int | str) -> float: # seconds
+    "A step in a mode, measured."
+    if mode != "lazy":
+        self._settle(torch.arange(self.n))
+    started = self.clock()
+    if mode == "lazy":
+        self._lazy()
+        started, self.owed = started - self.owed, 0.
+    elif mode:
+        self._block(mode)
+    else:
+        self._plain()
+    seconds = self.clock() - started
+    self.pace.note(self.n, mode, seconds)
+    return seconds
+
+# %% ../../nbs/decode/17_speculation.ipynb #5b17001c
+@patch
+def _advance(self: SpeculativeEngine):
+    "One step, in the mode that suits."
+    if self.draft != "auto":
+        self._timed(self._fixed_mode())
+        return
+    if not self.looks.plain_steps_to_make and self.pace.due(self.n):
+        self.looks.plain_steps_to_make = 1
+    if self.looks.plain_steps_to_make:
+        self.looks.plain_steps_to_make -= 1
+        self._timed(0)
+        return
+    mode, promised = self._best_mode()
+    if mode == 0:
+        self._look_in_vain()
+    else:
+        self._take(mode, promised)
+
+# %% ../../nbs/decode/17_speculation.ipynb #5b17001d
+@patch
+def _look_in_vain(self: SpeculativeEngine):
+    "A plain step after a look that promised nothing."
+    self.pace.forgive(self.n, 1 + self.looks.last_pause)
+    self.looks.found_nothing()
+    self._settle(torch.arange(self.n))
+    self._plain()
+    if self.guidance.lazy:
+        self._doubt((~settled(self.base_logits.float(), self.guidance.bound)).cpu(), .3)
+
+@patch
+def _take(self: SpeculativeEngine, mode: int | str, promised: float | None):
+    "The way that a look found; what it brings is compared with what it promised."
+    self.looks.found_a_way()
+    before = self.produced
+    seconds = self._timed(mode)
+    if promised:
+        self.pace.note_block(self.n, promised, (self.produced - before) / self.n, seconds)
