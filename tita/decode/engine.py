@@ -607,7 +607,7 @@ def _pick(self: Engine,
     for g in self.group[a:b].unique().tolist():
         at = (self.group[a:b] == g).nonzero()[:, 0]
         parts = [x if x is None or len(at) == b - a else x[at.to(x.device)] for x in (scores, drafted, proposals)]
-        new, guess = self._draw(self.groups[g], a + at, *parts)
+        new, guess = self._draw(self.groups[g], a + at, *parts, ahead)
         tokens[at] = new.cpu()
         if self.watch and guess is not None:
             self.hits[at] = (new == guess).cpu()
@@ -618,7 +618,7 @@ def _pick(self: Engine,
 def _draw(self: Engine,
     s: Sampling, # settings of all these rows
     slots: Tensor, # (m)
-    scores: Tensor, drafted: Tensor | None, proposals: Tensor | None, # as for `_pick`
+    scores: Tensor, drafted: Tensor | None, proposals: Tensor | None, ahead: int, # as for `_pick`
 ) -> tuple[Tensor, Tensor | None]: # (m, J) tokens, and what the drafter took them for
     "Tokens of rows with the same settings."
     m, J, V = scores.shape
@@ -627,7 +627,7 @@ def _draw(self: Engine,
     if not s.temperature:
         return p.argmax(-1), guess
     seeds = self.seed[slots, None].expand(m, J).to(p.device)
-    t = (self.count[slots, None] + torch.arange(J)).to(p.device) # (m, J) which token of the answer it is
+    t = (self.count[slots, None] + ahead + torch.arange(J)).to(p.device) # (m, J) which token of the answer it is
     if not self._couples(s):
         return invert(p.double().softmax(-1), uniform(seeds, 4 * t + 3)), guess
     q = self._warp(s, drafted.reshape(-1, V), []).view(m, J, V)
@@ -679,12 +679,12 @@ def _check_shared(self: Engine, rows: Tensor):
 
 # %% ../../nbs/decode/15_engine.ipynb #e6b242b3
 @patch
-def _stopped(self: Engine, i: int) -> bool:
-    "Whether the text of slot `i` holds one of its stop strings."
-    row = self.rows[i]
+def _stopped(self: Engine, i: int, length: int | None = None) -> bool:
+    "Whether the text of slot `i`, or its first `length` tokens, holds one of its stop strings."
+    row, length = self.rows[i], int(self.count[i]) if length is None else length
     if not row.sampling.stop:
         return False
-    row.text.add(self.tokens[i, len(row.text.tokens):self.count[i]].tolist())
+    row.text.add(self.tokens[i, len(row.text.tokens):length].tolist())
     return row.text.holds(row.sampling.stop)
 
 @patch

@@ -212,38 +212,12 @@ def _ends_at(self: SpeculativeEngine, targets: Tensor, keep: Tensor) -> Tensor: 
     return torch.minimum(keep, first)
 
 @patch
-def _write(self: SpeculativeEngine, targets: Tensor, keep: Tensor, scores: Tensor, d: Tensor, base: Tensor):
-    "Note the first `keep` of the targets of each row."
-    n, J = targets.shape
-    self._widen(int((self.count[:n] + keep).max()))
-    rewards, own = token_rewards(d, targets.to(d.device)).cpu(), base.argmax(-1).cpu()
-    row, j = (torch.arange(J) < keep[:, None]).nonzero().unbind(1)
-    at = self.count[row] + j
-    self.tokens[row, at], self.rewards[row, at], self.base_tokens[row, at] = targets[row, j], rewards[row, j], own[row, j]
-    self.good = ~(scores.isnan().any(-1).cpu() & (torch.arange(J) < keep[:, None])).any(1)
-    before = self.count[:n].clone()
-    if self.has_stops:
-        keep = self._cut_at_stop(before, keep)
-    self.count[:n] += keep
-    self.last[:n] = self.tokens[torch.arange(n), self.count[:n] - 1]
-    self.produced += int(keep.sum())
-    for e in self.experts:
-        e.lens[:n] += keep
-    self._tell(before, self.count[:n])
-
-@patch
-def _cut_at_stop(self: SpeculativeEngine, before: Tensor, keep: Tensor) -> Tensor:
+def _cut_at_stop(self: SpeculativeEngine, before: Tensor, keep: Tensor) -> Tensor: # (n)
     "Cut where the first stop string is complete."
     keep = keep.clone()
-    for i in range(self.n):
-        if not self.groups[self.group[i]].stop:
-            continue
-        for j in range(1, int(keep[i]) + 1):
-            self.count[i] = before[i] + j
-            if self._stopped(i):
-                keep[i] = j
-                break
-        self.count[i] = before[i]
+    for i, row in enumerate(self.rows):
+        lengths = range(1, int(keep[i]) + 1) if row.sampling.stop else ()
+        keep[i] = next((j for j in lengths if self._stopped(i, int(before[i]) + j)), int(keep[i]))
     return keep
 
 # %% ../../nbs/decode/17_speculation.ipynb #5b17000f
@@ -259,12 +233,12 @@ def _note(self: SpeculativeEngine, verdict: Verdict, keep: Tensor):
     self.tokens[row, at], self.rewards[row, at] = verdict.targets[row, j], rewards[row, j]
     self.base_tokens[row, at] = verdict.base.argmax(-1).cpu()[row, j]
     self.good = ~(verdict.scores.isnan().any(-1).cpu() & taken).any(1)
-    if any(s.stop for s in self.groups):
+    if self.has_stops:
         keep = self._cut_at_stop(before, keep)
     self._lengthen(keep)
     for e in self.experts:
         e.lens[:n] += keep
-    self._tell(before)
+    self._tell(before, self.count[:n])
 
 @patch
 def _lengthen(self: SpeculativeEngine, more: Tensor | int): # (n)
@@ -273,14 +247,6 @@ def _lengthen(self: SpeculativeEngine, more: Tensor | int): # (n)
     self.count[:n] += more
     self.last[:n] = self.tokens[torch.arange(n), self.count[:n] - 1]
     self.produced += int(self.count[:n].sum()) - before
-
-# %% ../../nbs/decode/17_speculation.ipynb #5b170010
-@patch
-def _tell(self: SpeculativeEngine, before: Tensor): # (n)
-    "Tell who listens about the tokens after the first `before` of each row."
-    for i, row in enumerate(self.rows[:self.n]) if self.heard else ():
-        for c in range(int(before[i]), int(self.count[i])) if row.on_token else ():
-            row.on_token(int(self.tokens[i, c]), float(self.rewards[i, c]))
 
 # %% ../../nbs/decode/17_speculation.ipynb #8f321c07
 @patch
@@ -357,28 +323,19 @@ def _outputs(self: SpeculativeEngine, slots: list[int], why: list[str]):
 @patch
 def _lazy(self: SpeculativeEngine):
     "One token for each row; the others run for those where the base is unsure."
-    n, base, self.lagging = self.n, self.experts[0], True
-    rows, at = torch.arange(n), self.count[:n].clone()
-    logits = base.forward(base.cache, slice(0, n), self.last[:n, None], base.lens[:n], delta=self._delta(base))[:, 0, :self.vocab]
-    base.lens[:n] += 1
-    tokens = logits.argmax(-1).cpu()
+    base, before, self.others_lag = self.experts[0], self.count[:self.n].clone(), True
+    self._widen(int(before.max()) + 1)
+    logits = self._append(base, self.last[:self.n, None])[:, 0, :self.vocab]  # (n, V)
+    base.lens[:self.n] += 1
     hard = (~settled(logits.float(), self._bounds().to(logits.device))).cpu()
-    self._widen(int(at.max()) + 1)
-    self.own[rows, at] = logits.float().log_softmax(-1).gather(-1, tokens[:, None].to(logits.device))[:, 0].cpu()
-    self.base_tokens[rows, at], self.rewards[rows, at], self.good = tokens, 0., ~logits.isnan().any(-1).cpu()
+    self._take_base(logits, before)
     if hard.any():
-        h = hard.nonzero()[:, 0]
-        scores, d = self._score(self._common([logits[h], *self._catch_up(h)]), h)
-        tokens[h] = scores.argmax(-1).cpu()
-        self.good[h] &= ~scores.isnan().any(-1).cpu()
-        self.rewards[h, at[h]] = token_rewards(d, tokens[h].to(d.device)).cpu()
-    self.asked += int(hard.sum())
-    self.answered += n
+        self._ask_others(logits, hard.nonzero()[:, 0])
+    self.speculated.asked += int(hard.sum())
+    self.speculated.answered += self.n
     self._doubt(hard, .1)
-    self.tokens[rows, at] = self.last[:n] = tokens
-    self.count[:n] += 1
-    self.produced += n
-    self._tell(at, self.count[:n])
+    self._lengthen(1)
+    self._tell(before, self.count[:self.n])
 
 @patch
 def _take_base(self: SpeculativeEngine, logits: Tensor, at: Tensor):
@@ -394,7 +351,7 @@ def _take_base(self: SpeculativeEngine, logits: Tensor, at: Tensor):
 @patch
 def _ask_others(self: SpeculativeEngine, logits: Tensor, rows: Tensor):
     "Aligned tokens where the base, whose (n, V) logits are given, is unsure."
-    scores, d = self._score(self._common([logits[rows], *self._catch_up(rows)]))
+    scores, d = self._score(self._common([logits[rows], *self._catch_up(rows)]), rows)
     tokens = scores.argmax(-1).cpu()
     self.tokens[rows, self.count[rows]] = tokens
     self.rewards[rows, self.count[rows]] = token_rewards(d, tokens.to(d.device)).cpu()
@@ -408,39 +365,13 @@ def _doubt(self: SpeculativeEngine, hard: Tensor, weight: float): # (n) bool
 
 # %% ../../nbs/decode/17_speculation.ipynb #dc68c4f2
 @patch
-def _mode(self: SpeculativeEngine) -> int | str: # a draft length, or "lazy"
-    "How to make the next step."
-    n = self.n
-    room = min(e.context - int(e.lens[:n].max()) for e in self.experts) - 1 # no row may draft beyond its context
-    most = min(room, int((self.limit[:n] - self.count[:n]).max()) - 1)
-    if self.forcing or any(e.map for e in self.experts):
-        return 0
-    lazy = self.guidance.lazy and self._greedy()
-    if self.draft == "lazy":
-        return "lazy" if lazy else 0
-    if self.draft != "auto":
-        return max(0, min(most, self.draft))
-    self._learn(self.new_right[:n], self.new[:n])
-    self.new[:n] = self.new_right[:n] = 0
-    unsure = 1 - math.prod(1 - u for u in self.unsure[:n].tolist()) if lazy else 1.
-    rates, trials, last = self.rates, self.tried[:n].tolist(), not self.queue
-    mode = self.pace.best(n, rates, unsure, len(set(self.experts[0].lens[:n].tolist())) == 1, last, trials)
-    if last and n > 1:
-        self.pace.note_rows(rates, trials)
-    if mode == "lazy":
-        return mode
-    self.promised = self.pace.gains(n, rates)[mode] if mode <= most else None
-    return max(0, min(most, mode))
-
-@patch
 def _must_be_plain(self: SpeculativeEngine) -> bool:
     "A processor must see the text so far, and models with other tokens cannot draft."
-    penalized = any(s.repetition_penalty != 1 for s in self._settings())
-    return bool(self.forcing or self.processors or penalized or any(e.map for e in self.experts))
+    return self.forcing or any(e.map for e in self.experts)
 
 @patch
 def _may_be_lazy(self: SpeculativeEngine) -> bool:
-    return self.guidance.lazy and not any(s.temperature for s in self._settings())
+    return self.guidance.lazy and self._greedy()
 
 @patch
 def _longest_draft(self: SpeculativeEngine) -> int:
@@ -452,15 +383,13 @@ def _longest_draft(self: SpeculativeEngine) -> int:
 
 # %% ../../nbs/decode/17_speculation.ipynb #5b170018
 @patch
-def _plain(self: SpeculativeEngine, look: bool = True):
-    "One token a row, watching what the drafter would have done, and on a look the bound."
-    n = self.n
-    super(SpeculativeEngine, self)._advance()
-    if not self.forcing:
-        self.new[:n] += 1
-        self.new_right[:n] += self.hits[:, 0]
-    if look and self.guidance.lazy:
-        self._doubt((~settled(self._seen.float(), self._bounds().to(self._seen.device))).cpu(), .3)
+def _fixed_mode(self: SpeculativeEngine) -> int | str: # a draft length, or "lazy"
+    "The mode that was asked for, as far as it goes."
+    if self._must_be_plain():
+        return 0
+    if self.draft == "lazy":
+        return "lazy" if self._may_be_lazy() else 0
+    return min(self.draft, self._longest_draft())
 
 @patch
 def _best_mode(self: SpeculativeEngine) -> tuple[int | str, float | None]: # and what it promises, for drafts
@@ -490,7 +419,7 @@ def _plain(self: SpeculativeEngine):
 
 @patch
 def _score(self: SpeculativeEngine, logits: list[Tensor], rows: Tensor | None = None):
-    self._seen = logits[0][..., :self.vocab]
+    self.base_logits = logits[0][..., :self.vocab]
     return super(SpeculativeEngine, self)._score(logits, rows)
 
 # %% ../../nbs/decode/17_speculation.ipynb #5b170023
@@ -539,7 +468,7 @@ def _look_in_vain(self: SpeculativeEngine):
     self._settle(torch.arange(self.n))
     self._plain()
     if self.guidance.lazy:
-        self._doubt((~settled(self.base_logits.float(), self.guidance.bound)).cpu(), .3)
+        self._doubt((~settled(self.base_logits.float(), self._bounds().to(self.base_logits.device))).cpu(), .3)
 
 @patch
 def _take(self: SpeculativeEngine, mode: int | str, promised: float | None):
