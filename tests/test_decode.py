@@ -1,5 +1,5 @@
 "Aligned decoding is exact: against transformers, against recomputation, against enumeration, and whatever its neighbours, slots and drafts are."
-import copy, itertools, json, os, subprocess, sys
+import copy, itertools, json, os, subprocess, sys, threading
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,8 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
+from transformers import GenerationConfig
 from tita.data.answers import answer_key, generate_answers, plan_answers
-from tita.decode import sampling
+from tita.core import TitaError
+from tita.decode import engine, sampling
+from tita.decode.experts import Expert
 from tita.views import diffusion_noise
 from tita.decode.decoder import AlignedDecoder
 from tita.decode.guidance import Guidance, token_rewards
@@ -186,6 +189,7 @@ def test_bound_settles_nothing_wrongly():
 
 def ten_words():
     "A LLaVA whose vocabulary has ten words, with its processor."
+    torch.manual_seed(0)
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
     words = ["<pad>", "<s>", "</s>", "<image>", "a", "b", "c", "d", "e", "f"]
@@ -337,6 +341,239 @@ def test_answers_read_a_file_as_they_go():
         assert (o.error is not None) == (o.question["question_id"] % 100 == 0)
         ahead.append(len(read) - n)
     assert n == 300 and max(ahead) <= 16 + 4 * 4
+
+
+# λ = 0 is the base's own `generate`, whatever its settings.
+
+HONOURED = dict(max_length=70, max_new_tokens=3, min_new_tokens=6, repetition_penalty=1.6, encoder_repetition_penalty=1.5,
+    no_repeat_ngram_size=2, encoder_no_repeat_ngram_size=2, bad_words_ids=[[20], [7, 8]], forced_bos_token_id=9, forced_eos_token_id=2,
+    remove_invalid_values=True, exponential_decay_length_penalty=(2, 1.8), suppress_tokens=list(range(10, 60)), begin_suppress_tokens=[*range(10, 60)],
+    sequence_bias=[[[30], 6.]], renormalize_logits=True, eos_token_id=list(range(20, 60)), min_length=80)
+DRAWN = dict(temperature=1e-4, top_k=1, top_p=1e-6, min_p=1., typical_p=1e-6, top_h=1e-6, epsilon_cutoff=.99, eta_cutoff=.99) # each leaves one token
+INERT = set("""use_cache cache_implementation cache_config max_cache_len early_stopping length_penalty diversity_penalty output_attentions
+    output_hidden_states output_scores output_logits return_dict_in_generate pad_token_id bos_token_id decoder_start_token_id num_assistant_tokens
+    num_assistant_tokens_schedule assistant_confidence_threshold max_matching_ngram_size assistant_lookbehind target_lookbehind
+    assistant_ensemble_weight speculation_type compile_config disable_compile continuous_batching_config low_memory prefill_chunk_size
+    _from_model_config transformers_version""".split())
+ELSEWHERE = {"do_sample", "max_time", "watermarking_config", "stop_strings"} # with DRAWN; a deadline; below
+IMAGE_ASKED, ASKED = make_scenes(1, seed=3)[0].image, "Is there a ball in the image?"
+
+
+def own_answer(model, **how):
+    x = PROCESSOR(text=chat_prompt(PROCESSOR, ASKED), images=IMAGE_ASKED, return_tensors="pt")
+    how = {"max_new_tokens": 8} | how if "max_length" not in how else how
+    return model.generate(**x, tokenizer=TOKENIZER, **how)[0, x["input_ids"].shape[1]:].tolist()
+
+
+def test_every_setting_of_generate_has_its_place():
+    from tita.decode.sampling import REFUSED
+    places = [set(HONOURED), set(DRAWN), INERT, ELSEWHERE, set(REFUSED)]
+    assert set(GenerationConfig().to_dict()) == set.union(*places) and sum(map(len, places)) == len(set.union(*places))
+
+
+@pytest.mark.parametrize("name", [*HONOURED, *DRAWN])
+def test_settings_of_generate(name):
+    "Given in the call, and brought by the checkpoint."
+    value = (HONOURED | DRAWN)[name]
+    more = dict(do_sample=True) if name in DRAWN else {}
+    if name == "eta_cutoff": # it leaves several
+        more["temperature"] = 1e-4
+    more |= {} if name in ("max_length", "max_new_tokens") else dict(max_new_tokens=8)
+    want = own_answer(BASE, **{name: value}, **more)
+    d = AlignedDecoder(BASE, REWARD, PROCESSOR, REF, lam=0.)
+    assert d.generate(IMAGE_ASKED, ASKED, **{name: value}, **more)[0].tokens == want
+    brings = copy.deepcopy(BASE)
+    brings.generation_config.update(**{name: value}, **more)
+    assert AlignedDecoder(brings, processor=PROCESSOR).generate(IMAGE_ASKED, ASKED)[0].tokens == want
+
+
+def test_eta_is_that_of_generate():
+    made = AlignedDecoder(BASE, processor=PROCESSOR)._sampling(temperature=1., eta_cutoff=.3).processors(BASE)
+    assert [type(m).__name__ for m in made] == ["EtaLogitsWarper"]
+
+
+def test_stop_strings_of_the_checkpoint():
+    "The row ends with the token that completes the string, as in `generate` (whose own check does not know this tokenizer)."
+    want, brings = own_answer(BASE), copy.deepcopy(BASE)
+    brings.generation_config.stop_strings = [TOKENIZER.decode(want[2:3]).strip()]
+    first = next(n for n in range(1, 9) if brings.generation_config.stop_strings[0] in TOKENIZER.decode(want[:n]))
+    got = AlignedDecoder(brings, processor=PROCESSOR).generate(IMAGE_ASKED, ASKED, max_new_tokens=8)[0]
+    assert got.tokens == want[:first] and got.stats["finish"] == "stop"
+
+
+def test_watermark_is_that_of_generate():
+    from transformers import WatermarkingConfig
+    how = dict(max_new_tokens=8, watermarking_config=WatermarkingConfig(bias=8.))
+    assert AlignedDecoder(BASE, processor=PROCESSOR).generate(IMAGE_ASKED, ASKED, **how)[0].tokens == own_answer(BASE, **how)
+
+
+def test_settings_that_are_refused():
+    from tita.decode.sampling import REFUSED
+    d = AlignedDecoder(BASE, processor=PROCESSOR)
+    for name in REFUSED:
+        with pytest.raises(TitaError, match=name):
+            d.generate(IMAGE_ASKED, ASKED, **{name: 3})
+
+
+# A long life, and what a server does.
+
+def test_memory_stays_flat():
+    "Ten thousand settings leave what one leaves."
+    e = AlignedDecoder(BASE, REWARD, PROCESSOR, REF).engine(4)
+    for i in range(10_000):
+        e._place(engine.Sampling(max_new_tokens=1 + i), 0)
+    assert len(e.groups) == len(e.warpers) == len(e.ends) == 1
+
+
+def test_a_penalty_is_paid_for_while_it_runs():
+    d = AlignedDecoder(BASE, REWARD, PROCESSOR, REF)
+    e = d.engine(2)
+    for how in (dict(repetition_penalty=1.5), {}):
+        e.submit([engine.Row(0, ASKED, [IMAGE_ASKED], d._sampling(max_new_tokens=3, **how), 0, on_token=print if how else None)])
+        e.step()
+        assert (e.forcing, e.is_heard) == (bool(how), bool(how))
+        while e.busy:
+            e.step()
+
+
+@pytest.mark.parametrize("draft", [0, 3, "lazy", "auto"])
+def test_rows_have_their_own_strength(draft):
+    images, questions = prompts(6, seed=5)
+    lams, bounds = [0., .5, 2., 1., None, 2.], [None, .2, 1., None, None, .5]
+    d = AlignedDecoder(BASE, REWARD, PROCESSOR, REF, lam=1., bound=1., slots=4)
+    got = d.generate(images, questions, lam=lams, bound=bounds, draft=draft, max_new_tokens=8)
+    for o, i, q, l, b in zip(got, images, questions, lams, bounds):
+        one = AlignedDecoder(BASE, REWARD, PROCESSOR, REF, lam=1. if l is None else l, bound=1. if b is None else b)
+        assert o.tokens == one.generate(i, q, draft=0, max_new_tokens=8)[0].tokens
+
+
+@pytest.mark.parametrize("draft", [0, 3])
+def test_an_error_of_a_function_stays_with_its_row(draft):
+    images, questions = prompts(5, seed=6)
+    whole = AlignedDecoder(BASE, REWARD, PROCESSOR, REF, lam=1.).generate(images, questions, draft=0, max_new_tokens=8)
+    seen = []
+    def listen(step):
+        seen.append(step.base[..., 0].clone())
+        return torch.ones(*step.base.shape[:-1], 1)
+    AlignedDecoder(BASE, REWARD, PROCESSOR, REF, lam=listen).generate(images[2], questions[2], draft=0, max_new_tokens=2)
+    def fails(step):
+        if torch.isclose(step.base[..., 0], seen[1][0], atol=1e-5).any():
+            raise RuntimeError("no λ here")
+        return torch.ones(*step.base.shape[:-1], 1)
+    got = AlignedDecoder(BASE, REWARD, PROCESSOR, REF, lam=fails).generate(images, questions, draft=draft, max_new_tokens=8)
+    assert "no λ here" in got[2].error
+    assert [o.tokens for i, o in enumerate(got) if i != 2] == [o.tokens for i, o in enumerate(whole) if i != 2]
+
+
+@pytest.mark.parametrize("draft", [0, 3, "auto"])
+def test_rows_come_go_and_fail_while_others_run(draft):
+    images, questions = prompts(8, seed=7)
+    d = AlignedDecoder(BASE, REWARD, PROCESSOR, REF, lam=1., slots=3)
+    want = d.generate(images, questions, max_new_tokens=12, draft=0)
+    rows = [engine.Row(i, q, [im], d._sampling(max_new_tokens=12), 0) for i, (im, q) in enumerate(zip(images, questions))]
+    e, over = d.engine(3, draft=draft), {}
+    e.now = lambda: 0. if e.steps < 2 else 100.
+    rows[0].deadline, rows[7].on_token = 50., lambda token, reward: 1 / 0
+    e.submit(rows[:3])
+    over |= dict(e.step())
+    e.submit(rows[3:])
+    e.cancel(rows[5])
+    while e.busy:
+        over |= dict(e.step())
+    finish = [over[r].stats["finish"] for r in rows]
+    assert finish[0] in ("deadline", want[0].stats["finish"]) and finish[5] == "cancelled" and "ZeroDivisionError" in over[rows[7]].error
+    assert over[rows[0]].tokens == want[0].tokens[:len(over[rows[0]].tokens)]
+    assert all(over[rows[i]].tokens == want[i].tokens for i in (1, 2, 3, 4, 6))
+
+
+def test_rows_from_another_thread():
+    images, questions = prompts(6, seed=8)
+    d = AlignedDecoder(BASE, processor=PROCESSOR, slots=2)
+    want, e, over = d.generate(images, questions, max_new_tokens=6), d.engine(2), {}
+    rows = [engine.Row(i, q, [im], d._sampling(max_new_tokens=6), 0) for i, (im, q) in enumerate(zip(images, questions))]
+    sender = threading.Thread(target=lambda: [e.submit([r]) for r in rows])
+    sender.start()
+    while sender.is_alive() or e.busy:
+        over |= dict(e.step())
+    sender.join()
+    over |= {r: o for r, o in e.close()}
+    assert [over[r].tokens for r in rows] == [o.tokens for o in want]
+
+
+# Contexts, streams, and what is given wrongly.
+
+@pytest.mark.parametrize("draft", [0, 5, "auto"])
+def test_a_row_near_the_end_of_its_context(draft, monkeypatch):
+    "Nobody reads or drafts beyond the context, however much room the others have."
+    d = AlignedDecoder(BASE, REWARD, PROCESSOR, REF, lam=1.)
+    questions = [ASKED, ASKED * 3]
+    longest = len(PROCESSOR(text=chat_prompt(PROCESSOR, questions[1]), images=IMAGE_ASKED)["input_ids"][0])
+    for x in d.experts:
+        x.context = longest + 4
+    reads, forward = [], Expert.forward
+    def counted(self, cache, rows, tokens, lens, *args, **kwargs):
+        reads.append(int(lens.max()) + tokens.shape[1])
+        return forward(self, cache, rows, tokens, lens, *args, **kwargs)
+    monkeypatch.setattr(Expert, "forward", counted)
+    out = d.generate(IMAGE_ASKED, questions, draft=draft, max_new_tokens=20, eos=[])
+    assert len(out[0].tokens) > len(out[1].tokens) == 4 and max(reads) <= longest + 4
+
+
+def test_score_beyond_the_context_and_of_nothing():
+    d = AlignedDecoder(BASE, REWARD, PROCESSOR, REF)
+    with pytest.raises(TitaError, match="the context has room for"):
+        d.score(None, ["a"], [[5] * 5000])
+    nothing = d.score(None, ["a"], [[]])[0]
+    assert (nothing.tokens, nothing.rewards, nothing.text) == ([], [], "")
+
+
+@pytest.mark.parametrize("draft", [0, 3])
+def test_stream_with_a_stop_string(draft):
+    "Pieces come as they are sure, and joined are the answer."
+    d = AlignedDecoder(BASE, REWARD, PROCESSOR, REF, lam=1.)
+    whole = d.generate(IMAGE_ASKED, ASKED, max_new_tokens=12, eos=[])[0]
+    words = whole.text.split()
+    for stop in ("never said", words[5], f"{words[5]} {words[6]}"):
+        pieces = list(d.stream(IMAGE_ASKED, ASKED, max_new_tokens=12, eos=[], stop=stop, draft=draft))
+        assert "".join(pieces) == d.generate(IMAGE_ASKED, ASKED, max_new_tokens=12, eos=[], stop=stop)[0].text
+        assert len(pieces) > (3 if stop == "never said" else 0)
+
+
+def test_wrong_or_forgotten():
+    d = AlignedDecoder(BASE, REWARD, PROCESSOR, REF)
+    for how, why in ((dict(seed="a"), "seed is 'a'"), (dict(draft="banana"), "draft is 'banana'"), (dict(lam=-1.), "λ is -1")):
+        with pytest.raises(TitaError, match=why):
+            d.generate(IMAGE_ASKED, ASKED, **how)
+    with pytest.raises(TitaError, match="draft is 'banana'"):
+        d.alone().generate(IMAGE_ASKED, ASKED, draft="banana")
+    with pytest.raises(TitaError, match="questions are given as int"):
+        d.generate(IMAGE_ASKED, 5)
+    with pytest.raises(TitaError, match="makes no use of a reference"):
+        AlignedDecoder(BASE, REWARD, PROCESSOR, REF, form="interpolate")
+    given = np.array(IMAGE_ASKED)
+    assert d.generate(given, ASKED, max_new_tokens=5)[0].tokens == d.generate(IMAGE_ASKED, ASKED, max_new_tokens=5)[0].tokens
+    three = d.generate(IMAGE_ASKED, [ASKED] * 3, max_new_tokens=6, temperature=1.3)
+    assert len({tuple(o.tokens) for o in three}) == 3
+    assert [o.tokens for o in three] == [o.tokens for o in d.generate(IMAGE_ASKED, ASKED, n=3, max_new_tokens=6, temperature=1.3)]
+
+
+def test_an_adapter_that_is_put_on_later():
+    from peft import LoraConfig, get_peft_model
+    base = copy.deepcopy(BASE)
+    d = AlignedDecoder(base, processor=PROCESSOR)
+    before = d.generate(IMAGE_ASKED, ASKED, max_new_tokens=6)[0].tokens
+    lora = get_peft_model(base, LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj)"))
+    for n, p in lora.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p, std=1., generator=torch.Generator().manual_seed(0))
+    now = d.generate(IMAGE_ASKED, ASKED, max_new_tokens=6)[0].tokens
+    assert now == own_answer(base, max_new_tokens=6) != before
+
+
+def test_one_default():
+    from tita.decode.guidance import SAFE
+    g = AlignedDecoder(BASE, REWARD, PROCESSOR, REF).guidance
+    assert {k: getattr(g, k) for k in SAFE} == SAFE
 
 
 # The command line.
