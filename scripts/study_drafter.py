@@ -1,14 +1,20 @@
 #!/usr/bin/env python3
-"""Would a drafter of its own beat the reward as a drafter? A smaller model, distilled on aligned answers, drafts; base and reward verify.
+"""Would a drafter of its own beat the reward as a drafter?
+
+A smaller model, distilled on aligned answers, drafts; base and reward verify.
 
     python scripts/study_drafter.py                               the embedded pair, results/study_drafter.{json,md}
     python scripts/study_drafter.py --steps 20 --scenes 60 --rounds 1    a quick look
 
-The reward must read every token anyway, so its drafts cost nothing beyond that. A drafter of its own costs a forward of the reward more per
-block, and saves where it is cheaper a token, or right more often. The drafters start from layers of the reward and learn the aligned
-distribution on aligned answers to training scenes; what is measured are descriptions of other scenes, one row at a time.
+The reward must read every token anyway, so its drafts cost nothing beyond that. A drafter of its own costs a forward of
+the reward more per block, and saves where it is cheaper a token, or right more often. The drafters start from layers of
+the reward and learn the aligned distribution on aligned answers to training scenes; what is measured are descriptions
+of other scenes, one row at a time.
 """
-import argparse, random, statistics, time
+import argparse
+import random
+import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -46,58 +52,106 @@ def run(dec, experts, image, draft: int, new: int) -> SpeculativeEngine:
     return e
 
 
-def teach(dec, drafter, scenes, steps: int, lr: float, batch: int, seed: int) -> list[float]: # agreement on held-out scenes, before and after
-    "Distil the aligned distribution on aligned answers into a drafter."
+def say(dec, scenes) -> list[dict[str, str]]: # of each scene, kind of question -> aligned answer
+    "Answers to the questions that want long ones."
+    asked = [(i, kind) for i in range(len(scenes)) for kind in LONG]
+    outs = dec.generate([scenes[i].image for i, _ in asked], [ASK[kind] for _, kind in asked], max_new_tokens=48)
     said = [{} for _ in scenes]
-    asked = [(i, k) for i in range(len(scenes)) for k in LONG]
-    for (i, k), o in zip(asked, dec.generate([scenes[i].image for i, _ in asked], [ASK[k] for _, k in asked], max_new_tokens=48)):
-        said[i][k] = o.text
-    x, tokens, rng, held = pixels([s.image for s in scenes]), Tokens(), random.Random(seed), max(8, len(scenes) // 20)
-    drafter.model.vision_tower.requires_grad_(False)
-    opt = Schedule(drafter.parameters(), lr, steps, warm=50, weight_decay=.01)
-    def compare(ix):
-        trees = tokens.trees([[(ASK[k], said[i][k]) for k in LONG if said[i].get(k)] for i in ix])
-        with torch.no_grad():
-            (base, labels), (reward, _) = (tree_logits(m, *trees, pixel_values=x[ix]) for m in (dec.base, dec.rewards[0]))
-            on = labels != IGNORE
-            aligned = dec.guidance(base[on], [reward[on]], [])[0]
-        mine = tree_logits(drafter, *trees, pixel_values=x[ix])[0][on]
+    for (i, kind), out in zip(asked, outs):
+        said[i][kind] = out.text
+    return said
+
+
+class Lessons:
+    "Aligned answers to scenes, and how far a drafter is from the distribution that they come from."
+    def __init__(self, dec, scenes):
+        self.dec, self.said, self.pixels = dec, say(dec, scenes), pixels([s.image for s in scenes])
+        self.tokens = Tokens()
+
+    def trees(self, chosen: list[int]):
+        questions = [[(ASK[k], self.said[i][k]) for k in LONG if self.said[i].get(k)] for i in chosen]
+        return self.tokens.trees(questions)
+
+    @torch.no_grad()
+    def aligned(self, trees, images): # (tokens of answers, V), and where they stand in the batch
+        base, labels = tree_logits(self.dec.base, *trees, pixel_values=images)
+        reward, _ = tree_logits(self.dec.rewards[0], *trees, pixel_values=images)
+        answered = labels != IGNORE
+        return self.dec.guidance(base[answered], [reward[answered]], [])[0], answered
+
+    def compare(self, drafter, chosen: list[int]):
+        "Divergence of the drafter from the aligned distribution, and how often both have the same first choice."
+        trees, images = self.trees(chosen), self.pixels[chosen]
+        aligned, answered = self.aligned(trees, images)
+        mine = tree_logits(drafter, *trees, pixel_values=images)[0][answered]
         return kl(aligned, mine).mean(), (aligned.argmax(-1) == mine.argmax(-1)).float().mean()
+
+
+def teach(dec, drafter, scenes, args) -> list[float]: # agreement on held-out scenes, before and after
+    "Distil the aligned distribution on aligned answers into a drafter."
+    lessons, rng = Lessons(dec, scenes), random.Random(args.seed)
+    held = max(8, len(scenes) // 20)
+    drafter.model.vision_tower.requires_grad_(False)
+    opt = Schedule(drafter.parameters(), args.lr, args.steps, warm=50, weight_decay=.01)
+
+    @torch.no_grad()
     def agreement():
-        with torch.no_grad():
-            return round(float(compare(list(range(held)))[1]), 4)
+        return round(float(lessons.compare(drafter, list(range(held)))[1]), 4)
     before = agreement()
-    for _ in progress(range(steps), desc="drafter", unit="step"):
-        opt.step(compare(rng.sample(range(held, len(scenes)), batch))[0])
+    for _ in progress(range(args.steps), desc="drafter", unit="step"):
+        divergence, _ = lessons.compare(drafter, rng.sample(range(held, len(scenes)), args.batch))
+        opt.step(divergence)
     return [before, agreement()]
 
 
-def measure(dec, drafters: dict, images, lengths: list[int], new: int, rounds: int, processor) -> list[dict]:
-    "All ways take turns; medians of the ratios to the base's own `generate`."
-    def base_only(im):
-        x = processor(text=chat_prompt(processor, ASK["caption"]), images=im, return_tensors="pt")
-        n = x["input_ids"].shape[1]
-        return dec.base.generate(**x, max_new_tokens=new, do_sample=False, pad_token_id=0)[0, n:].tolist(), None
-    def ours(experts, k):
-        def f(im):
-            e = run(dec, experts, im, k, new)
-            return e.said[0], e
-        return f
-    ways = {("base only", 0): base_only} | {(n, k): ours(experts, k) for n, experts in drafters.items() for k in lengths}
-    seconds, last = {w: [] for w in ways}, {}
-    for r in range(rounds + 1):
-        for w, f in ways.items():
+def base_only(dec, processor, new: int):
+    "A way: the base's own `generate`."
+    def describe(image):
+        x = processor(text=chat_prompt(processor, ASK["caption"]), images=image, return_tensors="pt")
+        prompt = x["input_ids"].shape[1]
+        return dec.base.generate(**x, max_new_tokens=new, do_sample=False, pad_token_id=0)[0, prompt:].tolist(), None
+    return describe
+
+
+def drafted_by(dec, experts, draft: int, new: int):
+    "A way: the last of the experts drafts so many tokens a block."
+    def describe(image):
+        e = run(dec, experts, image, draft, new)
+        return e.said[0], e
+    return describe
+
+
+def take_turns(ways: dict, images, rounds: int) -> tuple[dict, dict]:
+    "Seconds of a token in each round but the first, and what each way said last."
+    seconds, last = {way: [] for way in ways}, {}
+    for warm in [False] + [True] * rounds:
+        for way, describe in ways.items():
             start = time.perf_counter()
-            last[w] = [f(im) for im in images]
+            last[way] = [describe(image) for image in images]
             took = time.perf_counter() - start
-            if r:
-                seconds[w].append(took / sum(len(t) for t, _ in last[w]))
-    answers = [t for t, _ in last[next(w for w in ways if w[1])]]
-    for w in ways:
-        if w[1]:
-            assert [t for t, _ in last[w]] == answers, w  # whoever drafts, the answers are the same
-    return [dict(drafter=n, k=k, accepted=sum(e.speculated.accepted for _, e in last[n, k]) / sum(e.speculated.drafted for _, e in last[n, k]),
-        over_base=statistics.median(b / s for b, s in zip(seconds["base only", 0], seconds[n, k]))) for n, k in ways if k]
+            if warm:
+                seconds[way].append(took / sum(len(tokens) for tokens, _ in last[way]))
+    return seconds, last
+
+
+BASE = "base only", 0
+
+
+def measure(dec, drafters: dict, images, processor, args) -> list[dict]:
+    "All ways take turns; medians of the ratios to the base's own `generate`."
+    lengths = [int(k) for k in args.lengths.split(",")]
+    ways = {(name, k): drafted_by(dec, e, k, args.new) for name, e in drafters.items() for k in lengths}
+    seconds, last = take_turns({BASE: base_only(dec, processor, args.new)} | ways, images, args.rounds)
+    answers = [tokens for tokens, _ in last[next(iter(ways))]]
+    for way in ways:
+        assert [tokens for tokens, _ in last[way]] == answers, way  # whoever drafts, the answers are the same
+    return [dict(drafter=name, k=k, accepted=accepted([e for _, e in last[name, k]]),
+        over_base=statistics.median(b / s for b, s in zip(seconds[BASE], seconds[name, k]))) for name, k in ways]
+
+
+def accepted(engines: list) -> float:
+    "Share of the drafts."
+    return sum(e.speculated.accepted for e in engines) / sum(e.speculated.drafted for e in engines)
 
 
 @cli
@@ -117,14 +171,18 @@ def main(argv: list = None):
     torch.set_num_threads(1)
     base, reward, processor = load_models(args.seed)
     dec = AlignedDecoder(base, reward, processor, form="interpolate", lam=.6, bound=1.)
-    scenes, drafters, learned = make_scenes(args.scenes, args.seed + 5000, "train"), {"the reward": dec.experts}, {}
-    for name, keep in {"its first layer, distilled": (0,), "all its layers, distilled": tuple(range(dec.experts[1].layers))}.items():
+    scenes = make_scenes(args.scenes, args.seed + 5000, "train")
+    layers = dict(base=dec.experts[0].layers, reward=dec.experts[1].layers)
+    kept = {"its first layer, distilled": (0,), "all its layers, distilled": tuple(range(layers["reward"]))}
+    drafters, learned = {"the reward": dec.experts}, {}
+    for name, keep in kept.items():
         small = shrink(reward, keep)
-        learned[name] = teach(dec, small.train(), scenes, args.steps, args.lr, args.batch, args.seed)
+        learned[name] = teach(dec, small.train(), scenes, args)
         drafters[name] = [*dec.experts, Expert(small.eval())]
         print(name, learned[name], flush=True)
-    rows = measure(dec, drafters, [s.image for s in make_scenes(args.test, 99)], [int(k) for k in args.lengths.split(",")], args.new, args.rounds, processor)
-    result = dict(rows=rows, agreement=learned, layers=dict(base=dec.experts[0].layers, reward=dec.experts[1].layers), args={k: str(v) for k, v in vars(args).items() if k != "out"}, run=run_info())
+    rows = measure(dec, drafters, [s.image for s in make_scenes(args.test, 99)], processor, args)
+    settings = {k: str(v) for k, v in vars(args).items() if k != "out"}
+    result = dict(rows=rows, agreement=learned, layers=layers, args=settings, run=run_info())
     write_json(args.out.with_suffix(".json"), result)
     write_text(args.out.with_suffix(".md"), table(result))
     print(table(result))
@@ -133,12 +191,22 @@ def main(argv: list = None):
 def table(r: dict) -> str: # Markdown
     "For people."
     lines = [f"| {x['drafter']} | {x['k']} | {x['accepted']:.0%} | {x['over_base']:.2f}x |" for x in r["rows"]]
+    head = ["| who drafts | drafts a block | accepted | times the base's own generate |", "|---|---|---|---|"]
     info = r["run"]
-    learned = "; ".join(f"{n}: {a:.1%} of the aligned tokens before, {b:.1%} after" for n, (a, b) in r["agreement"].items())
-    return ("# A drafter distilled on aligned answers\n\n`python scripts/study_drafter.py`: " + f"{r['args']['test']} descriptions, one at a time, aligned by interpolation (λ = 0.6, bound 1 nat); the base has {r['layers']['base']} layers, the reward {r['layers']['reward']}. "
-        f"The drafters learned {r['args']['steps']} steps on aligned answers about {r['args']['scenes']} scenes. Agreement on held-out scenes: {learned}.\n\n"
-        "| who drafts | drafts a block | accepted | times the base's own generate |\n|---|---|---|---|\n" + "\n".join(lines)
-        + f"\n\nMedians of {r['args']['rounds']} paired rounds, wall time, 1 thread. Commit {(info['commit'] or '')[:12]}, {info['cpus']} cores, {info['system']}, torch {info['versions']['torch']}.\n")
+    where = f"{info['cpus']} cores, {info['system']}, torch {info['versions']['torch']}"
+    return "\n\n".join(["# A drafter distilled on aligned answers", how_made(r), "\n".join(head + lines),
+        f"Medians of {r['args']['rounds']} paired rounds, wall time, 1 thread. "
+        f"Commit {(info['commit'] or '')[:12]}, {where}."]) + "\n"
+
+
+def how_made(r: dict) -> str:
+    args, layers = r["args"], r["layers"]
+    learned = "; ".join(f"{name}: {before:.1%} of the aligned tokens before, {after:.1%} after"
+        for name, (before, after) in r["agreement"].items())
+    return (f"`python scripts/study_drafter.py`: {args['test']} descriptions, one at a time, aligned by interpolation "
+        f"(λ = 0.6, bound 1 nat); the base has {layers['base']} layers, the reward {layers['reward']}. "
+        f"The drafters learned {args['steps']} steps on aligned answers about {args['scenes']} scenes. "
+        f"Agreement on held-out scenes: {learned}.")
 
 
 if __name__ == "__main__":
