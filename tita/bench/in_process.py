@@ -9,7 +9,8 @@ __all__ = ['local_endpoint', 'local_settings', 'ask_local', 'run_local']
 import time
 from dataclasses import replace
 from pathlib import Path
-from ..api.client import Reply, Settings
+from ..api.client import Settings
+from ..api.replies import Reply
 from ..api.endpoints import Endpoint
 from ..core import JsonlWriter, TitaError, image_path, open_image, progress
 from .traffic import Board, Budget, Job, Load, Sink

@@ -140,7 +140,7 @@ def _cost(job: Job, got: dict, tries: list, size: tuple | None) -> float | None:
 # %% ../../nbs/bench/70_traffic.ipynb #a7009c04
 def make_row(
     job: Job, # what was asked
-    reply=None, # `tita.api.client.Reply`; None if it failed
+    reply=None, # `tita.api.replies.Reply`; None if it failed
     tries: list = (), # attempts, as `Client.ask` returns them
     size: tuple | None = None, # of the image as sent
     started: float = 0., # seconds since 1970

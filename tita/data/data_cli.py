@@ -20,7 +20,8 @@ import typer
 from ..core import TitaError, cli, read_jsonl, seed_for, write_json
 from .sources import (MOST_PIXELS, SOURCES, check_questions_file, read_answers, read_pair_rows, read_questions,
     sample_questions, write_jsonl, write_parquet)
-from ..rows import ImageFolder, iter_records, question_rows, read_rows
+from ..preferences import question_rows
+from ..rows import ImageFolder, iter_records, read_rows
 
 # %% ../../nbs/data/46_data_cli.ipynb #403ca334
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)

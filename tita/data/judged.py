@@ -11,7 +11,8 @@ import asyncio, random, re
 from dataclasses import dataclass, replace
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ..api.client import Client, EndpointAnswerer, Failed, Reply, make_body
+from ..api.client import Client, EndpointAnswerer, Failed, make_body
+from ..api.replies import Reply
 from ..core import TitaError, seed_for
 from .sources import get_image
 from .pairs import normalize, strip_special

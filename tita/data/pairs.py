@@ -17,7 +17,8 @@ from pathlib import Path
 from ..api.client import EndpointAnswerer, make_body
 from ..core import TitaError, run_info, seed_for, write_json, write_text
 from .sources import to_llava, to_mllm, to_seva, write_jsonl
-from ..rows import ATTRIBUTES, find_image
+from ..preferences import ATTRIBUTES
+from ..rows import find_image
 
 # %% ../../nbs/data/44_pairs.ipynb #27a77019
 SPECIAL = re.compile(r"</?s>|<pad>|<unk>|<image>|<\|[a-z_]+\|>|<(?:bos|eos|end_of_turn|start_of_turn)>|\[/?INST\]")

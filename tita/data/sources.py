@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
 from ..core import TitaError, open_image, progress, seed_for, write_text
-from ..rows import (ATTRIBUTES, LOGPS, SCORED, ImageFolder, Line, as_turns, clean_question, find_image,
-    iter_records, pair_rows, question_rows, read_rows, turn_pairs)
+from ..preferences import ATTRIBUTES, LOGPS, SCORED, as_turns, clean_question, pair_rows, question_rows, turn_pairs
+from ..rows import ImageFolder, Line, find_image, iter_records, read_rows
 
 # %% ../../nbs/data/40_sources.ipynb #3a7de28e
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import contextlib, dataclasses, difflib, json, os, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..core import TitaError, cli, image_path, open_image, read_jsonl, seed_for
-from ..rows import ImageFolder, read_conversations, read_pairs
+from ..preferences import read_conversations, read_pairs
+from ..rows import ImageFolder
 from .training_runs import (claim_run, configure, data_hash, first_process, launched_alone, load_run,
     look_at_run, measure_held_out, quiet, run_trainer, sources_of, summary)
 
@@ -73,7 +74,7 @@ def _roots(files: list, images) -> list:
 
 # %% ../../nbs/train/55_recipes.ipynb #4399bf32
 def training_rows(
-    rows, # rows, or a file that `tita.rows` reads, or several
+    rows, # rows, or a file that `tita.preferences` reads, or several
     images=None, # folder of the images, or one for each file
     answers=("chosen", "rejected"), # what a row must hold beside image and prompt; ("completion",) for conversations
 ) -> list[dict]: # rows with image, prompt, answers; source where they come from a file
@@ -128,7 +129,7 @@ def _train_on(trainer_class, method, model, processor, rows, held_out, args, pef
 def train_dpo(
     model, # a vision-language model, trained in place
     processor, # its processor
-    pairs, # pair rows, or one or several files that `tita.rows` reads
+    pairs, # pair rows, or one or several files that `tita.preferences` reads
     images=None, # folder of the images, or one for each file; None: rows hold pictures or whole paths
     output_dir: str|Path="runs/dpo", # the run's folder
     resume: bool=False, # go on with the run that is there (or return it, if it is finished)
@@ -151,7 +152,7 @@ def train_dpo(
 # %% ../../nbs/train/55_recipes.ipynb #24f72aa9
 def train_sft(
     model, processor, # as for `train_dpo`
-    rows, # rows with image, prompt and completion (or answer, or chosen), or files that `tita.rows` reads
+    rows, # rows with image, prompt and completion (or answer, or chosen), or files that `tita.preferences` reads
     images=None, # as for `train_dpo`
     output_dir: str|Path="runs/sft", resume: bool=False, overwrite: bool=False, # as for `train_dpo`
     peft_config=None, eval_rows=None, callbacks=(), args=None, # as for `train_dpo`
