@@ -59,9 +59,11 @@ def as_turns(
 def turn_pairs(
     turns: list[dict], # a conversation
 ) -> list[tuple]: # for each human turn its number, its text and the text of the turn after it, or None
-    "The questions of a conversation with their answers."
+    "The questions of a conversation with their answers. Raises `TitaError` if there is none."
     after = [t["value"] if t["from"] == "gpt" else None for t in turns[1:]] + [None]
     asked = [(t["value"], answer) for t, answer in zip(turns, after) if t["from"] == "human"]
+    if not asked:
+        raise TitaError("a conversation without a human turn; mend the record")
     return [(k, question, answer) for k, (question, answer) in enumerate(asked)]
 
 # %% ../nbs/05_preferences.ipynb #6b7e1c22
@@ -82,8 +84,6 @@ def talk_rows(
 ) -> list[dict]: # question rows, with an answer where the conversation has one
     "The questions of a conversation; a later one's `id` has its number. Raises `TitaError` if there is none."
     turns = turn_pairs(as_turns(record["conversations"]))
-    if not turns:
-        raise TitaError("a conversation without a human turn; mend the record")
     key, image = "question_id" if "question_id" in record else "id", _image_name(record)
     rows = []
     for k, question, answer in turns:

@@ -11,7 +11,7 @@ import json, math, os, re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from fastcore.basics import patch
-from .core import IMAGE_SUFFIXES, TitaError, iter_jsonl, stable_hash
+from .core import IMAGE_SUFFIXES, TitaError, iter_jsonl, open_file, stable_hash
 
 # %% ../nbs/04_rows.ipynb #6b7e1c07
 class Line(int):
@@ -137,13 +137,8 @@ def iter_records(
     if path.suffix == ".parquet" or (path/"dataset_info.json").is_file():
         yield from ((Line(n), row) for n, row in enumerate(read_parquet(path, pictures), 1))
         return
-    try:
-        with open(path, "rb") as f:
-            start = f.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    except FileNotFoundError:
-        raise TitaError(f"{path}: no such file; check the path") from None
-    except IsADirectoryError:
-        raise TitaError(f"{path}: is a folder; name a file in it") from None
+    with open_file(path) as f:
+        start = f.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start:
         raise TitaError(f"{path}: the file is empty; nothing was written to it, or the copy failed")
     if start.startswith(b"["):

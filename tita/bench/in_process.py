@@ -86,7 +86,7 @@ def _local_row(decoder, job: Job, images, settings: Settings) -> dict:
 
 # %% ../../nbs/bench/71_in_process.ipynb #a7109c02
 def run_local(
-    questions: list, # rows, as `read_questions` gives them
+    questions: list, # rows, as `read_checked_questions` gives them
     decoder, # `AlignedDecoder`
     endpoint: Endpoint, # its name, from `local_endpoint`
     out: str | Path, # result file, JSON Lines; rows are appended
