@@ -178,8 +178,8 @@ def finish(
 # %% ../../nbs/data/46_data_cli.ipynb #19f24e10
 Engine = option(str, "transformers, openai (a server) or ray (a cluster)")
 Model = option(str, "model folder, hub name, world, or the server's name for it")
-Views = option(list[str], "clean, diffusion-N, pixel-diffusion-N, moco, crop, flip, rotate-N, none, swap; several times",
-             "--view")
+Views = option(list[str], "clean, diffusion-N, pixel-diffusion-N, moco, crop, flip, rotate-N, none, swap; "
+    "several times", "--view")
 Samples = option(int, "answers to each question on each view", min=1)
 Temperature = option(float, "0: greedy", min=0.)
 TopP = option(float, "smallest set of tokens with this probability")
@@ -340,7 +340,7 @@ def winners(
     return chosen, 0
 
 # %% ../../nbs/data/46_data_cli.ipynb #2c6e0a07
-FORMATS = ["jsonl", "seva", "mllm", "trl"]
+WRITTEN = ["jsonl", "seva", "mllm", "trl"]
 Answers = _arg(list[str], "answer files, or VIEW=PATH where they do not say the view; for method scored, of annotate")
 Method = option(str, f"{', '.join(METHODS)}: where the winner comes from")
 Chosen = option(str, "view of the winners, for method seva")
@@ -360,7 +360,7 @@ def pairs_command(
     answers: Answers, images: Images, out: option(Path, "folder to write"),
     method: Method = "seva", chosen: Chosen = "clean",
     rejected: Rejected = ["diffusion-800"], fuse: Fuse = ["clean", "moco", "flip", "crop"], balance: Balance = None,
-    limit: Limit = None, like: Like = None, gap: Gap = 2, pick: Pick = "worst", seed: Seed = 0, form: Format = FORMATS,
+    limit: Limit = None, like: Like = None, gap: Gap = 2, pick: Pick = "worst", seed: Seed = 0, form: Format = WRITTEN,
     base_url: BaseUrl = None, model: option(str, "for method fused: who fuses") = None,
     key_env: KeyEnv = "OPENAI_API_KEY", concurrency: Concurrency = 8,
 ):

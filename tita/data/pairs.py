@@ -21,7 +21,8 @@ from ..preferences import ATTRIBUTES
 from ..rows import find_image
 
 # %% ../../nbs/data/44_pairs.ipynb #27a77019
-TEMPLATE_MARKS = re.compile(r"</?s>|<pad>|<unk>|<image>|<\|[a-z_]+\|>|<(?:bos|eos|end_of_turn|start_of_turn)>|\[/?INST\]")
+TEMPLATE_MARKS = re.compile(
+    r"</?s>|<pad>|<unk>|<image>|<\|[a-z_]+\|>|<(?:bos|eos|end_of_turn|start_of_turn)>|\[/?INST\]")
 
 def strip_special(text: str) -> str:
     "A text without special tokens and without white space at its ends and the ends of its lines."
@@ -386,7 +387,8 @@ def card(
 ) -> str: # Markdown
     "The data card of a pair set."
     d, run = describe(pairs), run_info()
-    return PAIRS_CARD.format(**d | {"sources": ", ".join(f"{k} ({v})" for k, v in d["sources"].items())}, **d["mean_words"], model=model, seed=seed, time=run["time"],
+    sources = ", ".join(f"{k} ({v})" for k, v in d["sources"].items())
+    return PAIRS_CARD.format(**d | {"sources": sources}, **d["mean_words"], model=model, seed=seed, time=run["time"],
         commit=run["commit"] or "unknown", report=json.dumps(report), files=files)
 
 # %% ../../nbs/data/44_pairs.ipynb #7aeb2d7c

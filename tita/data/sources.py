@@ -159,8 +159,9 @@ def get_image(
     return images[name].convert("RGB")
 
 # %% ../../nbs/data/40_sources.ipynb #b006a425
-IMAGE_FAULTS = {"leaves its folder": "escapes", "not an image": "unreadable", "damaged": "truncated", "pixels": "unreadable",
-         "not a path": "escapes"}
+IMAGE_FAULTS = { # what an error says -> what it is counted as
+    "leaves its folder": "escapes", "not a path": "escapes", "not an image": "unreadable", "pixels": "unreadable",
+    "damaged": "truncated"}
 MOST_PIXELS = 50_000_000 # of one image; three times that many bytes, several times over, while it is decoded
 
 def check_image(

@@ -62,7 +62,8 @@ def question_file(
     rows = read_jsonl(path, ("question_id", "image", "text", "answer"))
     for i, r in enumerate(rows, 1):
         if r.get("kind", kind) not in QUESTION_KINDS:
-            raise TitaError(f"{path}: row {i} has the kind {r.get('kind', kind)!r}; choose one of {', '.join(QUESTION_KINDS)}")
+            known = ", ".join(QUESTION_KINDS)
+            raise TitaError(f"{path}: row {i} has the kind {r.get('kind', kind)!r}; choose one of {known}")
     return number_scenes([_question(r, r.get("kind", kind), r["answer"]) for r in rows])
 
 # %% ../../nbs/eval/61_evaluation.ipynb #a6109c07

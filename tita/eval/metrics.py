@@ -297,7 +297,7 @@ def _reading_order(metrics: Mapping, detail: bool) -> dict:
 
 # %% ../../nbs/eval/60_metrics.ipynb #a5c09b14
 def score(
-    rows: Sequence[Mapping], # scene: its index, kind: one of `QUESTION_KINDS`, truth: answer or list of objects, answer: text
+    rows: Sequence[Mapping], # scene: its index, kind: of `QUESTION_KINDS`, truth: answer or objects, answer: text
     objects=(), # names of all objects, or an `object_finder`; needed for captions only
     parser: str = "pope", # how yes and no are read, see `parse_yes_no`
     n: int | None = None, # number of scenes; None: the largest index + 1
