@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tita.api.client import KINDS, Client, EndpointAnswerer, Settings, make_body, run_async
+from tita.api.client import Client, EndpointAnswerer, Settings, make_body, run_async
+from tita.api.replies import KINDS
 from tita.api.endpoints import Price, any_endpoint
 from tita.bench.scores import summarise
 from tita.bench.traffic import run_load

@@ -388,7 +388,7 @@ def shown(image):
 
 
 def test_every_pair_file_can_be_trained_on(world, tmp_path):
-    from tita.rows import read_pairs
+    from tita.preferences import read_pairs
     pixels = [shown(world/f"images/{i}.png") for i in (1, 2)]
     for file in pair_files(world, tmp_path):
         wrong = []
@@ -413,7 +413,7 @@ def conversation_files(world, root):
 
 
 def test_every_file_of_answers_can_be_trained_on(world, tmp_path):
-    from tita.rows import read_conversations
+    from tita.preferences import read_conversations
     for file in conversation_files(world, tmp_path):
         wrong = []
         rows = list(read_conversations(file, world/"images", wrong))
@@ -422,7 +422,7 @@ def test_every_file_of_answers_can_be_trained_on(world, tmp_path):
 
 
 def test_one_bad_row_costs_no_file(world, tmp_path, capsys):
-    from tita.rows import read_pairs
+    from tita.preferences import read_pairs
     good = PAIR | {"image": "1.png"}
     bad = [good | {"rejected": ""}, good | {"chosen": "no"}, good | {"image": "gone.png"}, good | {"image": "../model/config.json"}, {"prompt": "?"}]
     text = [json.dumps(r) for r in (good, *bad)] + ["{broken", json.dumps(good)[:-1] + ', "x": ' + "[" * 3000, '"text"', json.dumps(good)]

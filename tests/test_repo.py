@@ -143,6 +143,27 @@ def test_one_module_a_number():
     twice = sorted(n for n in named if numbers.count(n.split("_")[0]) > 1)
     assert not twice, f"two notebooks have the same number: {twice}"
 
+def public(module):
+    "The names that a module gives away."
+    tree = ast.parse((ROOT/CFG["lib_path"]/f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    listed = (n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__")
+    return next(map(ast.literal_eval, listed), [])
+
+SHARED = {
+    "main",  # what the console scripts start, one for each command
+    "SAFE"}  # of guidance; `tita-ask` says it again, since its help must not import torch
+
+def test_names_are_unique():
+    "A public name says what a thing is, and of which module it is."
+    found = {}
+    for module in MODULES:
+        for name in public(module):
+            found.setdefault(name, []).append(module)
+    assert found, "no module has public names"
+    twice = {name: modules for name, modules in found.items() if len(modules) > 1}
+    assert not (more := {n: m for n, m in twice.items() if n not in SHARED}), f"names of two modules: {more}"
+    assert SHARED <= twice.keys(), f"no longer shared: {SHARED - twice.keys()}; take them off the list"
+
 ## Notebooks
 
 @each(NOTEBOOKS)

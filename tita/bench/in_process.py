@@ -9,7 +9,8 @@ __all__ = ['local_endpoint', 'local_settings', 'ask_local', 'run_local']
 import time
 from dataclasses import replace
 from pathlib import Path
-from ..api.client import Reply, Settings
+from ..api.client import Settings
+from ..api.replies import Reply
 from ..api.endpoints import Endpoint
 from ..core import JsonlWriter, TitaError, image_path, open_image, progress
 from .traffic import Board, Budget, Job, Load, Sink
@@ -85,7 +86,7 @@ def _local_row(decoder, job: Job, images, settings: Settings) -> dict:
 
 # %% ../../nbs/bench/71_in_process.ipynb #a7109c02
 def run_local(
-    questions: list, # rows, as `read_questions` gives them
+    questions: list, # rows, as `read_checked_questions` gives them
     decoder, # `AlignedDecoder`
     endpoint: Endpoint, # its name, from `local_endpoint`
     out: str | Path, # result file, JSON Lines; rows are appended

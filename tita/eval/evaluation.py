@@ -9,7 +9,7 @@ __all__ = ['SPLITS', 'scene_questions', 'number_scenes', 'pope_file', 'question_
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from ..core import JsonlWriter, TitaError, image_path, progress, read_jsonl
-from .metrics import KINDS
+from .metrics import QUESTION_KINDS
 
 # %% ../../nbs/eval/61_evaluation.ipynb #2775bc94
 def scene_questions(
@@ -56,13 +56,14 @@ def _question(row: dict, kind: str, truth) -> dict:
 # %% ../../nbs/eval/61_evaluation.ipynb #33648237
 def question_file(
     path: str | Path, # JSON Lines with question_id, image, text, answer; optional kind
-    kind: str = "exact", # of rows that do not say it, one of `metrics.KINDS`
+    kind: str = "exact", # of rows that do not say it, one of `metrics.QUESTION_KINDS`
 ) -> list[dict]: # question rows
     "Read questions with their answers."
     rows = read_jsonl(path, ("question_id", "image", "text", "answer"))
     for i, r in enumerate(rows, 1):
-        if r.get("kind", kind) not in KINDS:
-            raise TitaError(f"{path}: row {i} has the kind {r.get('kind', kind)!r}; choose one of {', '.join(KINDS)}")
+        if r.get("kind", kind) not in QUESTION_KINDS:
+            known = ", ".join(QUESTION_KINDS)
+            raise TitaError(f"{path}: row {i} has the kind {r.get('kind', kind)!r}; choose one of {known}")
     return number_scenes([_question(r, r.get("kind", kind), r["answer"]) for r in rows])
 
 # %% ../../nbs/eval/61_evaluation.ipynb #a6109c07

@@ -7,14 +7,14 @@ __all__ = ['SIGNS', 'HOW_IT_WORKS', 'SYSTEMS', 'EXAMPLES', 'READING', 'templates
            'answer_html', 'words_html', 'picture_html', 'example_html', 'method_svg', 'Report', 'report_html']
 
 # %% ../../nbs/show/66_report.ipynb #a3e34a48
-import base64, functools, io, re
+import functools, io, re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from markupsafe import Markup, escape
-from ..core import TitaError, write_text
+from ..core import TitaError, data_url, write_text
 from ..eval.metrics import METRICS, Metric, bootstrap, default_reference, verdict_of
 from .plots import changed, metric_title, reward_limit, reward_rgba, token_pieces
 
@@ -50,18 +50,15 @@ def image_uri(
     side: int = 640, # longest side of a photograph, pixels
 ) -> str: # data URI
     "An image as part of the page: PNG if it is small or already PNG, else JPEG."
-    kind, raw = "png", image
-    if not isinstance(image, bytes):
-        from PIL import Image
-        image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-        how, out = dict(format="PNG"), io.BytesIO()
-        if max(image.size) > 256:
-            kind, how = "jpeg", dict(format="JPEG", quality=85)
-            image = image.copy()
-            image.thumbnail((side, side))
-        image.convert("RGB").save(out, **how)
-        raw = out.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+    if isinstance(image, bytes):
+        return data_url(image)
+    from PIL import Image
+    image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    if max(image.size) <= 256:
+        return data_url(image.convert("RGB"))
+    image = image.copy()
+    image.thumbnail((side, side))
+    return data_url(image.convert("RGB"), "image/jpeg", quality=85)
 
 # %% ../../nbs/show/66_report.ipynb #475e0d5e
 def _minus(x: float, digits: int = 1) -> str:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['THEMES', 'GROUND', 'OBJECTS', 'POPULAR', 'COLORS', 'WORDS', 'LETTERS', 'COUNTS', 'ICONS', 'SIZE', 'CELL', 'ASK',
            'CHAT', 'SPECIAL', 'draw_icon', 'fonts', 'scans', 'Question', 'Scene', 'near', 'draw_text', 'render',
-           'caption', 'ask', 'make_scenes', 'vocabulary', 'tiny_processor', 'tiny_model', 'tiny_pair', 'world_folder',
-           'load_models', 'load_strong']
+           'caption', 'ask_about', 'make_scenes', 'vocabulary', 'tiny_processor', 'tiny_model', 'tiny_pair',
+           'world_folder', 'load_models', 'load_strong']
 
 # %% ../../nbs/world/01_embedded.ipynb #85883d89
 import functools, math, os, random
@@ -246,7 +246,7 @@ def _presence(rng, scene: Scene, per_kind: int) -> list[Question]:
     return out
 
 # %% ../../nbs/world/01_embedded.ipynb #a4f5318c
-def ask(scene: Scene, per_kind: int = 2) -> list[Question]:
+def ask_about(scene: Scene, per_kind: int = 2) -> list[Question]:
     "The questions about a scene, with their answers."
     rng = random.Random(scene.seed + 2)
     presence = _presence(rng, scene, per_kind)
@@ -259,7 +259,7 @@ def ask(scene: Scene, per_kind: int = 2) -> list[Question]:
         Question(ASK["house"], " ".join(scene.house), "number"),
         Question(ASK["plate"], " ".join(scene.plate), "number")]
 
-Scene.questions = functools.cached_property(ask)
+Scene.questions = functools.cached_property(ask_about)
 Scene.questions.__set_name__(Scene, "questions")
 
 # %% ../../nbs/world/01_embedded.ipynb #9f899c50
