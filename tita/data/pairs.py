@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'FUSE', 'QUALITY', 'STEER', 'CARD', 'FORMATS', 'strip_special', 'normalize', 'seva_text', 'pair_row',
-           'join_views', 'seeded_sample', 'yes_no', 'balance_answers', 'make_pairs', 'consensus', 'by_question',
-           'fuse_consensus', 'FusionEngine', 'fusion_tasks', 'quality', 'ranked', 'make_scored_pairs', 'make_sft',
-           'make_steerlm', 'to_trl', 'save_trl', 'describe', 'plot_lengths', 'plot_examples', 'card', 'found_names',
-           'save_pairs']
+           'join_views', 'seeded_sample', 'yes_no', 'balance_answers', 'pairs_of_view', 'make_pairs', 'consensus',
+           'by_question', 'fuse_consensus', 'FusionEngine', 'fusion_tasks', 'quality', 'ranked', 'scored_pair',
+           'make_scored_pairs', 'make_sft', 'make_steerlm', 'to_trl', 'save_trl', 'describe', 'plot_lengths',
+           'plot_examples', 'card', 'found_names', 'write_formats', 'save_pairs']
 
 # %% ../../nbs/data/44_pairs.ipynb #147baa7b
 import json, re, statistics
@@ -43,7 +43,8 @@ def pair_row(
     **more, # other keys to keep
 ) -> dict: # a pair
     "A preference pair in the schema of this package."
-    return dict(question_id=question["question_id"], image=question["image"], prompt=question["text"], chosen=chosen, rejected=rejected, source=source) | more
+    asked = dict(question_id=question["question_id"], image=question["image"], prompt=question["text"])
+    return asked | dict(chosen=chosen, rejected=rejected, source=source) | more
 
 # %% ../../nbs/data/44_pairs.ipynb #07dc3c9e
 def join_views(
@@ -62,8 +63,10 @@ def join_views(
         side[key] = row
     good, bad = sides[chosen_view], sides[rejected_view]
     if not good or not bad:
-        raise TitaError(f"no answer on view {chosen_view if not good else rejected_view!r}; there are {', '.join(sorted({r['view'] for r in answers})) or 'no answers'}")
-    return [(row, bad[k]) for k, row in good.items() if k in bad], dict(no_rejected=len(good.keys() - bad.keys()), no_chosen=len(bad.keys() - good.keys()))
+        there = ", ".join(sorted({r["view"] for r in answers})) or "no answers"
+        raise TitaError(f"no answer on view {rejected_view if good else chosen_view!r}; there are {there}")
+    alone = dict(no_rejected=len(good.keys() - bad.keys()), no_chosen=len(bad.keys() - good.keys()))
+    return [(row, bad[k]) for k, row in good.items() if k in bad], alone
 
 # %% ../../nbs/data/44_pairs.ipynb #61ea5a5a
 def seeded_sample(
@@ -72,8 +75,10 @@ def seeded_sample(
     seed: int = 0, # of the draw
 ) -> list[dict]: # at most n of them, in their order
     "Sample rows by a number that each row has of itself, so that their order changes nothing."
-    drawn = sorted(range(len(rows)), key=lambda i: seed_for("draw", seed, rows[i]["question_id"], rows[i].get("sample", 0), rows[i].get("source")))[:n]
-    return [rows[i] for i in sorted(drawn)]
+    def lot(i):
+        row = rows[i]
+        return seed_for("draw", seed, row["question_id"], row.get("sample", 0), row.get("source"))
+    return [rows[i] for i in sorted(sorted(range(len(rows)), key=lot)[:n])]
 
 # %% ../../nbs/data/44_pairs.ipynb #de55bbbe
 def yes_no(text: str) -> str | None:
@@ -94,6 +99,28 @@ def balance_answers(
     return [p for p in pairs if id(p) in keep]
 
 # %% ../../nbs/data/44_pairs.ipynb #e8c30767
+def pairs_of_view(
+    answers: list[dict], # answer rows
+    chosen_view: str, # where the better answers come from
+    rejected_view: str, # where the worse ones come from
+    like_seva: bool, # clean and compare texts exactly as SeVa does
+) -> tuple: # pair rows, and how many fell at each step
+    "The pairs of two views: answers that say something, and not the same."
+    clean, same = (seva_text, str) if like_seva else (strip_special, normalize)
+    joined, lost = join_views(answers, chosen_view, rejected_view)
+    pairs, report = [], Counter(lost, joined=len(joined))
+    for good, bad in joined:
+        chosen, rejected = clean(good["answer"]), clean(bad["answer"])
+        if not like_seva and not (normalize(chosen) and normalize(rejected)):
+            report["empty"] += 1
+        elif same(chosen) == same(rejected):
+            report["equal"] += 1
+        else:
+            which = {k: good[k] for k in ("sample",) if k in good}
+            pairs.append(pair_row(good, chosen, rejected, f"seva:{chosen_view}>{rejected_view}", **which))
+    return pairs, report
+
+# %% ../../nbs/data/44_pairs.ipynb #e8c30769
 def make_pairs(
     answers: list[dict], # answer rows
     chosen_view: str = "clean", # where the better answers come from
@@ -108,24 +135,15 @@ def make_pairs(
         raise TitaError(f"balance {balance!r} is neither 'answer' nor None")
     if like not in (None, "seva"):
         raise TitaError(f"like {like!r} is neither 'seva' nor None")
-    text, same = (seva_text, str) if like else (strip_special, normalize)
     pairs, report = [], Counter(joined=0, no_chosen=0, no_rejected=0, empty=0, equal=0)
     for view in [rejected_view] if isinstance(rejected_view, str) else rejected_view:
-        joined, lost = join_views(answers, chosen_view, view)
-        report.update(lost, joined=len(joined))
-        for good, bad in joined:
-            chosen, rejected = text(good["answer"]), text(bad["answer"])
-            if not like and not (normalize(chosen) and normalize(rejected)):
-                report["empty"] += 1
-            elif same(chosen) == same(rejected):
-                report["equal"] += 1
-            else:
-                pairs.append(pair_row(good, chosen, rejected, f"seva:{chosen_view}>{view}", **{k: good[k] for k in ("sample",) if k in good}))
-    for step, cut in (("balanced_out", balance and balance_answers), ("sampled_out", limit is not None and (lambda p, s: seeded_sample(p, limit, s)))):
-        kept = cut(pairs, seed) if cut else pairs
-        report[step] = len(pairs) - len(kept)
-        pairs = kept
-    return pairs, dict(report, pairs=len(pairs))
+        more, fell = pairs_of_view(answers, chosen_view, view, like == "seva")
+        pairs += more
+        report.update(fell)
+    balanced = balance_answers(pairs, seed) if balance else pairs
+    kept = balanced if limit is None else seeded_sample(balanced, limit, seed)
+    report.update(balanced_out=len(pairs) - len(balanced), sampled_out=len(balanced) - len(kept))
+    return kept, dict(report, pairs=len(kept))
 
 # %% ../../nbs/data/44_pairs.ipynb #b1ff0412
 def consensus(
@@ -135,10 +153,12 @@ def consensus(
     "The answer that agrees most with the others (minimum Bayes risk); the first of equals."
     from rapidfuzz import fuzz, process
     if not hasattr(fuzz, similarity):
-        raise TitaError(f"similarity {similarity!r} is no scorer of rapidfuzz.fuzz; try token_sort_ratio, ratio or WRatio")
+        known = "token_sort_ratio, ratio or WRatio"
+        raise TitaError(f"similarity {similarity!r} is no scorer of rapidfuzz.fuzz; try {known}")
     if len(texts) == 1:
         return 0, 100.
-    scores = process.cdist([normalize(t) for t in texts], [normalize(t) for t in texts], scorer=getattr(fuzz, similarity))
+    texts = [normalize(t) for t in texts]
+    scores = process.cdist(texts, texts, scorer=getattr(fuzz, similarity))
     means = (scores.sum(1) - scores.diagonal()) / (len(texts) - 1)
     return int(means.argmax()), float(means.max())
 
@@ -165,12 +185,17 @@ def fuse_consensus(
     for rows in by_question(answers, views).values():
         k, agreement = consensus([r["answer"] for r in rows], similarity)
         if agreement >= least:
-            fused.append({key: v for key, v in rows[k].items() if key != "sample"} | {"view": "consensus", "from": rows[k]["view"], "agreement": round(agreement, 1)})
+            best = {key: v for key, v in rows[k].items() if key != "sample"}
+            fused.append(best | {"view": "consensus", "from": rows[k]["view"], "agreement": round(agreement, 1)})
     return fused
 
 # %% ../../nbs/data/44_pairs.ipynb #1173190e
-FUSE = """Several answers to one question about an image are listed below. They were given on different views of the same image, so an error is likely to stand in one of them only.
-Write the one best answer: keep what the answers agree on{image}, leave out what only one of them claims, keep their style and length, and add nothing of your own. Reply with the answer alone.
+FUSE = """\
+Several answers to one question about an image are listed below. \
+They were given on different \
+views of the same image, so an error is likely to stand in one of them only.
+Write the one best answer: keep what the answers agree on{image}, leave out what only one of them claims, keep their \
+style and length, and add nothing of your own. Reply with the answer alone.
 
 Question: {question}
 {answers}"""
@@ -178,7 +203,7 @@ Question: {question}
 # %% ../../nbs/data/44_pairs.ipynb #6bdf5c43
 @dataclass
 class FusionEngine(EndpointAnswerer):
-    "Fuses answers with a model behind an API; its tasks are question rows with `answers`. Without images it fuses by text alone."
+    "Fuses answers with a model behind an API, by text alone without images; a task is a question row with `answers`."
     max_new_tokens: int = 512 # greatest length of an answer
 
     def __post_init__(self):
@@ -201,7 +226,9 @@ def fusion_tasks(
 ) -> list[dict]: # tasks for `FusionEngine`
     "One task for each question. Run them with `tita.data.answers.run_engine`."
     keys = "question_id", "image", "text"
-    return [{k: rows[0][k] for k in keys} | {"view": "fused", "answers": [strip_special(r["answer"]) for r in rows]} for rows in by_question(answers, views).values()]
+    def task(rows):
+        return {k: rows[0][k] for k in keys} | {"view": "fused", "answers": [strip_special(r["answer"]) for r in rows]}
+    return [task(rows) for rows in by_question(answers, views).values()]
 
 # %% ../../nbs/data/44_pairs.ipynb #1857ab8a
 QUALITY = ATTRIBUTES[:3]
@@ -220,7 +247,15 @@ def ranked(
         if not row.get("scores") or any(a not in row["scores"] for a in QUALITY):
             raise TitaError(f"the answer to {row['question_id']!r} has no scores; annotate the file first")
         groups.setdefault(row["question_id"], []).append(row)
-    return [sorted(rows, key=lambda r: (-quality(r), seed_for("tie", seed, r["question_id"], r["view"], r.get("sample", 0)))) for rows in groups.values()]
+    def place(row):
+        return -quality(row), seed_for("tie", seed, row["question_id"], row["view"], row.get("sample", 0))
+    return [sorted(rows, key=place) for rows in groups.values()]
+
+# %% ../../nbs/data/44_pairs.ipynb #677e7797
+def scored_pair(best: dict, bad: dict, source: str) -> dict:
+    "Two scored answers as a pair, which keeps their scores."
+    scores = {"chosen": best["scores"], "rejected": bad["scores"]}
+    return pair_row(best, strip_special(best["answer"]), strip_special(bad["answer"]), source, scores=scores)
 
 # %% ../../nbs/data/44_pairs.ipynb #677e7798
 def make_scored_pairs(
@@ -241,11 +276,12 @@ def make_scored_pairs(
         elif not worse:
             report["small_gap"] += 1
         else:
-            bad = worse[-1] if rejected == "worst" else worse[seed_for("rejected", seed, best["question_id"]) % len(worse)]
+            drawn = seed_for("rejected", seed, best["question_id"]) % len(worse)
+            bad = worse[-1 if rejected == "worst" else drawn]
             if normalize(best["answer"]) == normalize(bad["answer"]):
                 report["equal"] += 1
-                continue
-            pairs.append(pair_row(best, strip_special(best["answer"]), strip_special(bad["answer"]), f"scored:{rejected}", scores={"chosen": best["scores"], "rejected": bad["scores"]}))
+            else:
+                pairs.append(scored_pair(best, bad, f"scored:{rejected}"))
     return pairs, dict(report, pairs=len(pairs))
 
 # %% ../../nbs/data/44_pairs.ipynb #f484979d
@@ -256,7 +292,9 @@ def make_sft(
 ) -> list[dict]: # question rows with an answer
     "The best answer of each question; with a threshold, rejection sampling."
     keys = "question_id", "image", "text"
-    return [{k: rows[0][k] for k in keys} | {"answer": strip_special(rows[0]["answer"])} for rows in ranked(scored, seed) if least is None or quality(rows[0]) >= least]
+    best = [rows[0] for rows in ranked(scored, seed)]
+    good = [r for r in best if least is None or quality(r) >= least]
+    return [{k: r[k] for k in keys} | {"answer": strip_special(r["answer"])} for r in good]
 
 STEER = "Give an answer with these attributes, each from 0 to 4 on a 5-point Likert scale:\n{attributes}"
 
@@ -264,10 +302,12 @@ def make_steerlm(
     scored: list[dict], # answer rows with scores
 ) -> list[dict]: # question rows with an answer
     "Every answer, with its attributes as a line after the question."
-    def line(s):
-        return ",".join(f"{a.capitalize()}:{s[a]}" for a in ATTRIBUTES)
-    return [dict(question_id=f"{r['question_id']}-{r['view']}-{r.get('sample', 0)}", image=r["image"], text=r["text"] + "\n" + STEER.format(attributes=line(r["scores"])), answer=strip_special(r["answer"]))
-        for rows in ranked(scored) for r in rows]
+    def steered(r):
+        line = ",".join(f"{a.capitalize()}:{r['scores'][a]}" for a in ATTRIBUTES)
+        text = r["text"] + "\n" + STEER.format(attributes=line)
+        name = f"{r['question_id']}-{r['view']}-{r.get('sample', 0)}"
+        return dict(question_id=name, image=r["image"], text=text, answer=strip_special(r["answer"]))
+    return [steered(r) for rows in ranked(scored) for r in rows]
 
 # %% ../../nbs/data/44_pairs.ipynb #b9641a6d
 def to_trl(
@@ -277,9 +317,11 @@ def to_trl(
     "A pair row as TRL trains on it."
     roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
     asked = [*row.get("history", []), ["user", row["prompt"]]]
-    return dict(images=[{"path": file.name, "bytes": file.read_bytes()}] if file else [], prompt=[{"role": roles.get(who, who), "content": text} for who, text in asked],
-        chosen=[{"role": "assistant", "content": row["chosen"]}], rejected=[{"role": "assistant", "content": row["rejected"]}])
+    prompt = [{"role": roles.get(who, who), "content": text} for who, text in asked]
+    said = {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+    return dict(images=[{"path": file.name, "bytes": file.read_bytes()}] if file else [], prompt=prompt) | said
 
+# %% ../../nbs/data/44_pairs.ipynb #b9641a6e
 def save_trl(
     pairs: list[dict], # pair rows
     folder: str | Path, # replaced
@@ -306,8 +348,11 @@ def describe(
     longer = sum(c > r for c, r in zip(*words.values()))
     shorter = sum(c < r for c, r in zip(*words.values()))
     winners = Counter(yes_no(p["chosen"]) for p in pairs if yes_no(p["rejected"]))
-    return dict(pairs=len(pairs), images=len({p["image"] for p in pairs}), prompts=len({p["prompt"] for p in pairs}), sources=dict(Counter(p["source"] for p in pairs)),
-        mean_words={k: round(statistics.mean(v), 1) for k, v in words.items()}, chosen_longer=longer, chosen_shorter=shorter, winner_yes=winners["yes"], winner_no=winners["no"])
+    different = {"images": len({p["image"] for p in pairs}), "prompts": len({p["prompt"] for p in pairs})}
+    mean_words = {side: round(statistics.mean(n), 1) for side, n in words.items()}
+    lengths = dict(mean_words=mean_words, chosen_longer=longer, chosen_shorter=shorter)
+    won = dict(winner_yes=winners["yes"], winner_no=winners["no"])
+    return dict(pairs=len(pairs)) | different | dict(sources=dict(Counter(p["source"] for p in pairs))) | lengths | won
 
 # %% ../../nbs/data/44_pairs.ipynb #18f0771e
 def plot_lengths(
@@ -340,23 +385,25 @@ def plot_examples(
     import matplotlib.pyplot as plt, textwrap
     from tita.data.sources import get_image
     shown = seeded_sample([p for p in pairs if p["image"]], n, seed)
-    fig, axes = plt.subplots(max(1, -(-len(shown) // 2)), 2, figsize=(9, 1.6 * -(-len(shown) // 2) + .2), dpi=72, squeeze=False)
+    lines = -(-len(shown) // 2)
+    fig, axes = plt.subplots(max(1, lines), 2, figsize=(9, 1.6 * lines + .2), dpi=72, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for ax, p in zip(axes.flat, shown):
         ax.imshow(get_image(images, p["image"]), extent=(0, 1, 0, 1))
         ax.set_xlim(0, 4)
         ax.set_ylim(0, 1)
-        for y, (text, color) in zip((.98, .62, .3), ((p["prompt"], "black"), (p["chosen"], "tab:green"), (p["rejected"], "tab:red"))):
-            ax.text(1.1, y, "\n".join(textwrap.wrap(text, 46)[:2]), va="top", color=color, fontsize=8, parse_math=False)
+        for y, key, color in (.98, "prompt", "black"), (.62, "chosen", "tab:green"), (.3, "rejected", "tab:red"):
+            text = "\n".join(textwrap.wrap(p[key], 46)[:2])
+            ax.text(1.1, y, text, va="top", color=color, fontsize=8, parse_math=False)
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/data/44_pairs.ipynb #d4bb8892
 CARD = """# Preference pairs
 
-{pairs} pairs about {images} images, {prompts} different prompts. No person compared the answers: which one is chosen follows from how the pair was made, and some
-winners will be wrong.
+{pairs} pairs about {images} images, {prompts} different prompts. No person compared the answers: which one is chosen
+follows from how the pair was made, and some winners will be wrong.
 
 | | |
 |---|---|
@@ -385,8 +432,9 @@ def card(
 ) -> str: # Markdown
     "The data card of a pair set."
     d, run = describe(pairs), run_info()
-    return CARD.format(**d | {"sources": ", ".join(f"{k} ({v})" for k, v in d["sources"].items())}, **d["mean_words"], model=model, seed=seed, time=run["time"],
-        commit=run["commit"] or "unknown", report=json.dumps(report), files=files)
+    d["sources"] = ", ".join(f"{name} ({n})" for name, n in d["sources"].items())
+    made = dict(model=model, seed=seed, time=run["time"], commit=run["commit"] or "unknown")
+    return CARD.format(**d, **d["mean_words"], **made, report=json.dumps(report), files=files)
 
 # %% ../../nbs/data/44_pairs.ipynb #7aeb2d7c
 def found_names(
@@ -394,12 +442,34 @@ def found_names(
     images: str | Path, # image folder
 ) -> list[dict]: # the same with the names of the files that were found
     "Rows for other projects' code, which opens an image by its name alone. Raises `TitaError` if one is missing."
-    return [r | {"image": find_image(images, r["image"]).relative_to(images).as_posix()} if r["image"] else r for r in rows]
+    def named(row):
+        return row | {"image": find_image(images, row["image"]).relative_to(images).as_posix()}
+    return [named(r) if r["image"] else r for r in rows]
 
 # %% ../../nbs/data/44_pairs.ipynb #d637e289
-FORMATS = {"jsonl": "`pairs.jsonl`: rows of this package", "seva": "`seva.json`: SeVa's training file", "mllm": "`mllm_dpo.json`: mllm-dpo's training file",
+FORMATS = {"jsonl": "`pairs.jsonl`: rows of this package", "seva": "`seva.json`: SeVa's training file",
+           "mllm": "`mllm_dpo.json`: mllm-dpo's training file",
            "trl": "`trl/`: `datasets.load_from_disk`, for TRL's `DPOTrainer`"}
 
+def write_formats(
+    pairs: list[dict], # pair rows
+    folder: Path, # made if it is not there
+    images: str | Path, # image folder
+    formats, # names of `FORMATS`
+):
+    "Write a pair set in some formats; nothing if an image is missing."
+    found = found_names(pairs, images)
+    folder.mkdir(parents=True, exist_ok=True)
+    if "jsonl" in formats:
+        write_jsonl(folder/"pairs.jsonl", pairs)
+    if "seva" in formats:
+        write_json(folder/"seva.json", list(map(to_seva, found)))
+    if "mllm" in formats:
+        write_json(folder/"mllm_dpo.json", list(map(to_mllm, found)))
+    if "trl" in formats:
+        save_trl(pairs, folder/"trl", images)
+
+# %% ../../nbs/data/44_pairs.ipynb #d637e291
 def save_pairs(
     pairs: list[dict], # pair rows
     folder: str | Path, # made if it is not there
@@ -416,18 +486,10 @@ def save_pairs(
         raise TitaError(f"format {wrong[0]!r} is none of {', '.join(FORMATS)}")
     if not pairs:
         raise TitaError(f"no pairs are left: {json.dumps(report)}; look at the step that dropped them")
-    found = found_names(pairs, images)
-    folder.mkdir(parents=True, exist_ok=True)
-    if "jsonl" in formats:
-        write_jsonl(folder/"pairs.jsonl", pairs)
-    if "seva" in formats:
-        write_json(folder/"seva.json", list(map(to_seva, found)))
-    if "mllm" in formats:
-        write_json(folder/"mllm_dpo.json", list(map(to_mllm, found)))
-    if "trl" in formats:
-        save_trl(pairs, folder/"trl", images)
+    write_formats(pairs, folder, images, formats)
     for name, fig in ("lengths", plot_lengths(pairs)), ("examples", plot_examples(pairs, images)):
         fig.savefig(folder/f"{name}.png")
         plt.close(fig)
-    write_text(folder/"README.md", card(pairs, report, model, seed, "\n".join(f"- {FORMATS[f]}" for f in formats) + "\n"))
+    files = "".join(f"- {FORMATS[f]}\n" for f in formats)
+    write_text(folder/"README.md", card(pairs, report, model, seed, files))
     return folder
