@@ -4,8 +4,9 @@
     python scripts/bench_generate.py                                   the embedded world's base and reward
     python scripts/bench_generate.py --model llava-hf/llava-1.5-7b-hf --questions q.jsonl --images DIR
 
-SeVa's way is one row at a time and one view at a time: open the image, process it, add noise, generate with batch size 1. The two
-ways take turns, so that both see the same machine; the ratio of each round is what counts. Exit code 1 if the ratio is below --least.
+SeVa's way is one row at a time and one view at a time: open the image, process it, add noise, generate with batch
+size 1. The two ways take turns, so that both see the same machine; the ratio of each round is what counts. Exit code 1
+if the ratio is below --least.
 """
 import argparse, os, platform, statistics, sys, tempfile, time
 from pathlib import Path
@@ -21,21 +22,27 @@ def sevas_way(model, processor, questions, images, views, max_new_tokens, seed):
     for view in map(parse_view, views):
         for q in questions:
             s = view_seed(seed, view.name, q["image"])
-            image, prompt = view.image(open_image(find_image(images, q["image"])), s), chat_prompt(processor, q["text"])
-            inputs = processor(images=image, text=prompt, return_tensors="pt", add_special_tokens=not prompt.startswith(processor.tokenizer.bos_token or "\0"))
+            image = view.image(open_image(find_image(images, q["image"])), s)
+            prompt = chat_prompt(processor, q["text"])
+            opened = prompt.startswith(processor.tokenizer.bos_token or "\0")
+            inputs = processor(images=image, text=prompt, return_tensors="pt", add_special_tokens=not opened)
             if view.on == "tensor":
                 inputs["pixel_values"] = view.tensor(inputs["pixel_values"], [s])
-            inputs = {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+            for k, v in inputs.items():
+                inputs[k] = v.to(model.device, model.dtype if v.is_floating_point() else None)
             with torch.inference_mode():
-                ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=processor.tokenizer.pad_token_id)
-            out[q["question_id"], view.name] = processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+                pad = processor.tokenizer.pad_token_id
+                ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad)
+            new = ids[0, inputs["input_ids"].shape[1]:]
+            out[q["question_id"], view.name] = processor.decode(new, skip_special_tokens=True).strip()
     return out
 
 def our_way(model, processor, questions, images, views, max_new_tokens, seed, batch_size):
     "All views in one pass."
     from tita.data.answers import answer_key, generate_answers
+    settings = dict(batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed)
     with tempfile.TemporaryDirectory() as tmp:
-        rows = generate_answers(model, processor, questions, images, views, Path(tmp)/"answers.jsonl", batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed)
+        rows = generate_answers(model, processor, questions, images, views, Path(tmp)/"answers.jsonl", **settings)
     return {answer_key(r)[:2]: r["answer"] for r in rows}
 
 def world_rows(n, folder):
@@ -44,7 +51,8 @@ def world_rows(n, folder):
     rows = []
     for i, scene in enumerate(make_scenes(-(-n // 9), seed=11, split="train")):
         scene.image.save(folder/f"{i}.png")
-        wanted = [q for q in scene.questions if q.kind.startswith("pope")][:8] + [q for q in scene.questions if q.kind == "caption"]
+        presence = [q for q in scene.questions if q.kind.startswith("pope")][:8]
+        wanted = presence + [q for q in scene.questions if q.kind == "caption"]
         rows += [dict(question_id=f"{i}-{k}", image=f"{i}.png", text=q.text) for k, q in enumerate(wanted)]
     return rows[:n]
 
@@ -68,17 +76,22 @@ def compare(model, processor, questions, images, args):
         sync()
         times["tita"].append(n / (time.perf_counter() - t))
     ratios = [b / a for a, b in zip(*times.values())]
-    return {"rows": n, "rows_seva": len(one), "seva_rows_per_s": round(statistics.median(times["seva"]), 1), "tita_rows_per_s": round(statistics.median(times["tita"]), 1),
-        "ratio": round(statistics.median(ratios), 2), "ratios": [round(r, 2) for r in ratios], "equal_answers": sum(many[k] == v for k, v in one.items()), "compared": len(one)}
+    speed = {f"{way}_rows_per_s": round(statistics.median(rates), 1) for way, rates in times.items()}
+    ratio = {"ratio": round(statistics.median(ratios), 2), "ratios": [round(r, 2) for r in ratios]}
+    equal = {"equal_answers": sum(many[k] == v for k, v in one.items()), "compared": len(one)}
+    return {"rows": n, "rows_seva": len(one)} | speed | ratio | equal
 
 def machine():
     "What the figures were taken on: processor, cores, GPU, and how busy it was with other things."
     import torch
     try:
-        cpu = next(l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.processor() or platform.machine()
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    busy = {"threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)}
+    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu} | busy
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,17 +119,24 @@ def main():
         p.error("--model needs --questions and --images")
     results, where = {}, machine()
     with tempfile.TemporaryDirectory() as tmp:
-        questions, images = (read_questions(args.questions)[:args.rows], Path(args.images)) if args.questions else (world_rows(args.rows, Path(tmp)), Path(tmp))
-        models = {args.model: args.model} if args.model else {f"world {n}": world_folder()/"seed0"/n for n in ("base", "reward")}
+        if args.questions:
+            questions, images = read_questions(args.questions)[:args.rows], Path(args.images)
+        else:
+            questions, images = world_rows(args.rows, Path(tmp)), Path(tmp)
+        world = {f"world {n}": world_folder()/"seed0"/n for n in ("base", "reward")}
+        models = {args.model: args.model} if args.model else world
         try:
             for name, folder in models.items():
-                results[name] = compare(load_vlm(folder, dtype=args.dtype), load_processor(folder), questions, images, args)
-                r = results[name]
-                print(f"{name}: SeVa's way {r['seva_rows_per_s']} rows/s, tita {r['tita_rows_per_s']} rows/s, ratio {r['ratio']} {r['ratios']}; {r['equal_answers']} of {r['compared']} answers equal", flush=True)
+                model, processor = load_vlm(folder, dtype=args.dtype), load_processor(folder)
+                r = results[name] = compare(model, processor, questions, images, args)
+                speed = f"SeVa's way {r['seva_rows_per_s']} rows/s, tita {r['tita_rows_per_s']} rows/s"
+                equal = f"{r['equal_answers']} of {r['compared']} answers equal"
+                print(f"{name}: {speed}, ratio {r['ratio']} {r['ratios']}; {equal}", flush=True)
         except TitaError as e:
             sys.exit(f"error: {e}")
     if args.out:
-        write_json(args.out, {"results": results, "machine": where, "views": args.views, "batch_size": args.batch_size, "run": run_info()})
+        made = {"machine": where, "views": args.views, "batch_size": args.batch_size, "run": run_info()}
+        write_json(args.out, {"results": results} | made)
     if slow := [n for n, r in results.items() if r["ratio"] < least]:
         sys.exit(f"below {least}: {', '.join(slow)}")
 

@@ -14,7 +14,8 @@ VIEWS = "clean", "diffusion-800"
 def env(**kw):
     return {**os.environ, "PYTHONPATH": str(ROOT), "TITA_PROGRESS": "0", **kw}
 def start(*args, **kw):
-    return subprocess.Popen([sys.executable, "-c", MAIN, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env(**kw))
+    said = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", MAIN, *map(str, args)], **said, env=env(**kw))
 
 
 def tita_data(*args, code=0, **kw):
@@ -64,7 +65,10 @@ def world(tmp_path_factory):
 
 
 def generating(world, out):
-    return "generate", world/"questions.jsonl", "--images", world/"images", "--model", world/"model", "--out", out, "--max-new-tokens", 4
+    model = "--model", world/"model", "--max-new-tokens", 4
+    return "generate", world/"questions.jsonl", "--images", world/"images", *model, "--out", out
+
+
 def generate(world, out, *more, code=0):
     return inside(*generating(world, out), *more, code=code)
 
@@ -79,13 +83,15 @@ def test_twenty_kills_lose_and_repeat_nothing(world, tmp_path):
     from tita.data.sources import read_questions
     torch.set_num_threads(1)
     fork, rng = multiprocessing.get_context("fork"), random.Random()
-    model, processor, questions = load_vlm(world/"model", dtype="float32"), load_processor(world/"model"), read_questions(world/"questions.jsonl")
+    model, processor = load_vlm(world/"model", dtype="float32"), load_processor(world/"model")
+    questions = read_questions(world/"questions.jsonl")
 
     def answer(out):
         "Sampled answers in small batches, in a process that has nothing to import any more."
         sys.stderr = open(os.devnull, "w")
         tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared with forks, and a killed one may hold it
-        generate_answers(model, processor, questions, world/"images", VIEWS, out, n=2, temperature=1.2, batch_size=3, max_new_tokens=4, seed=5)
+        asked = questions, world/"images", VIEWS, out
+        generate_answers(model, processor, *asked, n=2, temperature=1.2, batch_size=3, max_new_tokens=4, seed=5)
 
     def size(out):
         return out.stat().st_size if out.exists() else 0
@@ -106,7 +112,8 @@ def test_twenty_kills_lose_and_repeat_nothing(world, tmp_path):
     def check(out):
         rows, failed = rows_of(out), rows_of(out.with_suffix(".errors.jsonl"))
         assert len(rows) == len(by_key(rows)) == 39 * 3 * 2 * 2 and by_key(rows) == by_key(whole)
-        assert len(failed) == len(by_key(failed)) == 3 * 2 * 2 and {r["image"] for r in failed} == {"7.png"} and "damaged" in failed[0]["error"]
+        assert len(failed) == len(by_key(failed)) == 3 * 2 * 2
+        assert {r["image"] for r in failed} == {"7.png"} and "damaged" in failed[0]["error"]
 
     run(tmp_path/"whole.jsonl")
     whole = rows_of(tmp_path/"whole.jsonl")
@@ -155,23 +162,42 @@ def test_shards_make_the_whole(world, tmp_path):
         CliRunner().invoke(app, [*map(str, generating(world, tmp_path/f"{i}.jsonl")), "--shard", f"{i}/2"])
     generate(world, tmp_path/"all.jsonl", code=1)
     shards = [rows_of(tmp_path/f"{i}.jsonl") for i in range(2)]
-    assert all(shards) and len(sum(shards, [])) == len(by_key(sum(shards, []))) and by_key(sum(shards, [])) == by_key(rows_of(tmp_path/"all.jsonl"))
+    both = sum(shards, [])
+    assert all(shards) and len(both) == len(by_key(both)) and by_key(both) == by_key(rows_of(tmp_path/"all.jsonl"))
 
 
 ## Bad input
 
-@pytest.mark.parametrize("text, told", [
-    ('{"image": "0.png", "text": "What?"}\n{"image": "0.png", "text"\n', ":2: not JSON"), ('{"image": "0.png"}\n', ":1: no key 'text'"), ('{"text": "What?"}\n', ":1: no key 'image'"),
-    ('{"question_id": 1, "image": "0.png", "text": "What?"}\n{"question_id": 1, "image": "1.png", "text": "What?"}\n', ":2: question_id 1 is there twice"), ("", "the file is empty"),
-    ('[{"image": "0.png", "text": "What?"},\n{"image": ]', ":2: after record 1: not JSON"), ('[{"image": "0.png", "text": "What?"},', ":1: the JSON array breaks off here, after record 1"), ("[1]", ":1: record 1 is of type int"), ("[]", "the array is empty"),
-    ('[{"image": "0.png", "text": "What?"}, {"image": "1.png"}]', ":1: record 2: no key 'text'"), ('{"image": ["0.png"], "text": "What?"}', ":1: image is a list"), ('"text"', "a row is a JSON object")])
+WHOLE = '{"image": "0.png", "text": "What?"}'
+TWICE = '{"question_id": 1, "image": "0.png", "text": "What?"}\n{"question_id": 1, "image": "1.png", "text": "What?"}\n'
+BAD_FILES = {
+    WHOLE + '\n{"image": "0.png", "text"\n': ":2: not JSON",
+    '{"image": "0.png"}\n': ":1: no key 'text'",
+    '{"text": "What?"}\n': ":1: no key 'image'",
+    TWICE: ":2: question_id 1 is there twice",
+    "": "the file is empty",
+    f'[{WHOLE},\n{{"image": ]': ":2: after record 1: not JSON",
+    f"[{WHOLE},": ":1: the JSON array breaks off here, after record 1",
+    "[1]": ":1: record 1 is of type int",
+    "[]": "the array is empty",
+    f'[{WHOLE}, {{"image": "1.png"}}]': ":1: record 2: no key 'text'",
+    '{"image": ["0.png"], "text": "What?"}': ":1: image is a list",
+    '"text"': "a row is a JSON object",
+}
+
+
+@pytest.mark.parametrize("text, told", BAD_FILES.items())
 def test_a_bad_question_file_names_its_line(world, tmp_path, text, told):
-    (tmp_path/"q.jsonl").write_text(text)
-    for args in (["check", tmp_path/"q.jsonl", world/"images"], ["generate", tmp_path/"q.jsonl", "--images", world/"images", "--model", "none", "--out", tmp_path/"a.jsonl"]):
+    file = tmp_path/"q.jsonl"
+    file.write_text(text)
+    check = "check", file, world/"images"
+    ask = "generate", file, "--images", world/"images", "--model", "none", "--out", tmp_path/"a.jsonl"
+    for args in check, ask:
         p = start(*args)
-        out, err = p.communicate()
-        assert p.returncode in (1, 2) and str(tmp_path/"q.jsonl") in out + err and "Traceback" not in err
-        assert told.split(": ", 1)[-1] in out + err and (told.split(":")[1] if told.startswith(":") else "") in out + err, out + err
+        said = "".join(p.communicate())
+        assert p.returncode in (1, 2) and str(file) in said and "Traceback" not in said
+        line = told.split(":")[1] if told.startswith(":") else ""
+        assert told.split(": ", 1)[-1] in said and line in said, said
 
 
 def test_every_bad_image_is_a_failed_row_and_the_rest_goes_on(world, tmp_path):
@@ -185,21 +211,34 @@ def test_every_bad_image_is_a_failed_row_and_the_rest_goes_on(world, tmp_path):
     Image.open(outside).convert("RGB").save(images/"cut.jpg")
     (images/"cut.jpg").write_bytes((images/"cut.jpg").read_bytes()[:-200])
     names = ["good", "good.png", "gone.png", "../outside.png", str(outside), "link.png", "cut.jpg", "text.png"]
-    (tmp_path/"q.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(dict(question_id=i, image=n, text="Is there a cup in the image?")).encode() for i, n in enumerate(names)) + b"\r\n\r\n")
-    told = inside("generate", tmp_path/"q.jsonl", "--images", images, "--model", world/"model", "--out", tmp_path/"a.jsonl", "--max-new-tokens", 2, code=1)
-    assert all(f"{tmp_path/'q.jsonl'}:{n + 1}: " in told for n in range(2, 8)) and "q.jsonl:7: cut.jpg: the image is damaged" in told
+    rows = [dict(question_id=i, image=n, text="Is there a cup in the image?") for i, n in enumerate(names)]
+    lines = b"\r\n".join(json.dumps(r).encode() for r in rows)
+    (tmp_path/"q.jsonl").write_bytes(b"\xef\xbb\xbf" + lines + b"\r\n\r\n")
+    made = "--model", world/"model", "--out", tmp_path/"a.jsonl", "--max-new-tokens", 2
+    told = inside("generate", tmp_path/"q.jsonl", "--images", images, *made, code=1)
+    assert all(f"{tmp_path/'q.jsonl'}:{n + 1}: " in told for n in range(2, 8))
+    assert "q.jsonl:7: cut.jpg: the image is damaged" in told
     assert {r["question_id"] for r in rows_of(tmp_path/"a.jsonl")} == {0, 1}
     why = {r["question_id"]: r["error"] for r in rows_of(tmp_path/"a.errors.jsonl")}
-    assert why.keys() == set(range(2, 8)) and "is not in" in why[2] and all("leaves its folder" in why[i] for i in (3, 4, 5)) and "damaged" in why[6] and "not an image" in why[7]
+    assert why.keys() == set(range(2, 8)) and all("leaves its folder" in why[i] for i in (3, 4, 5))
+    assert "is not in" in why[2] and "damaged" in why[6] and "not an image" in why[7]
     told = inside("check", tmp_path/"q.jsonl", images, code=1)
-    assert "rows 8  images 8  found 2  missing 1  unreadable 1  truncated 1  escapes 3" in told and f"{tmp_path/'q.jsonl'}:7: truncated" in told
+    assert "rows 8  images 8  found 2  missing 1  unreadable 1  truncated 1  escapes 3" in told
+    assert f"{tmp_path/'q.jsonl'}:7: truncated" in told
 
 
 def test_mistakes_are_told_in_one_line(world, tmp_path):
-    q, ask = world/"questions.jsonl", ["--images", world/"images", "--out", tmp_path/"a.jsonl"]
-    for args, told in [(["generate", q, *ask, "--model", tmp_path/"none"], "no such folder"), (["generate", q, *ask, "--model", "m", "--view", "fog"], "none of clean"),
-                       (["generate", q, *ask, "--model", "m", "--engine", "openai", "--base-url", "http://127.0.0.1:9/v1", "--view", "diffusion-800"], "use 'pixel-diffusion-800'"),
-                       (["questions", q, "--out", tmp_path/"x"], "no record of ocr_vqa"), (["pairs", q, "--images", world/"images", "--out", tmp_path/"x"], "no key 'answer'")]:
+    q = world/"questions.jsonl"
+    ask = "generate", q, "--images", world/"images", "--out", tmp_path/"a.jsonl"
+    server = "--engine", "openai", "--base-url", "http://127.0.0.1:9/v1"
+    mistakes = {
+        "no such folder": (*ask, "--model", tmp_path/"none"),
+        "none of clean": (*ask, "--model", "m", "--view", "fog"),
+        "use 'pixel-diffusion-800'": (*ask, "--model", "m", *server, "--view", "diffusion-800"),
+        "no record of ocr_vqa": ("questions", q, "--out", tmp_path/"x"),
+        "no key 'answer'": ("pairs", q, "--images", world/"images", "--out", tmp_path/"x"),
+    }
+    for told, args in mistakes.items():
         err = inside(*args, code=2)
         assert told in err and err.strip().splitlines()[-1].startswith("error: ")
 
@@ -208,8 +247,12 @@ def test_mistakes_are_told_in_one_line(world, tmp_path):
 
 def conversations(n):
     "LLaVA's mix in small: OCR-VQA, TextVQA and text."
+    asked = "Who is the author of this book?", "What is the title?", "What type of book is this?"
+    short = "Answer the question using a single word or phrase."
     for i in range(n):
-        talk = [{"from": w, "value": v} for q in ("Who is the author of this book?", "What is the title?", "What type of book is this?") for w, v in (("human", f"<image>\n{q}\nAnswer the question using a single word or phrase."), ("gpt", f"A {i}"))]
+        talk = []
+        for q in asked:
+            talk += [{"from": "human", "value": f"<image>\n{q}\n{short}"}, {"from": "gpt", "value": f"A {i}"}]
         yield {"id": f"{i:09}", "image": f"ocr_vqa/images/{i:09}.jpg", "conversations": talk}
         yield {"id": f"t{i}", "image": f"textvqa/train_images/{i:016x}.jpg", "conversations": talk[:2]}
         yield {"id": f"s{i}", "conversations": talk[:4]}
@@ -218,7 +261,8 @@ def conversations(n):
 def test_questions_are_the_same_bytes_for_the_same_seed(tmp_path):
     (tmp_path/"mix.json").write_text(json.dumps(list(conversations(300))))
     for name, seed in ("a", 0), ("b", 0), ("c", 1):
-        tita_data("questions", tmp_path/"mix.json", "--out", tmp_path/name, "--source", "ocr_vqa=50", "--source", "textvqa=70", "--seed", seed)
+        sources = "--source", "ocr_vqa=50", "--source", "textvqa=70"
+        tita_data("questions", tmp_path/"mix.json", "--out", tmp_path/name, *sources, "--seed", seed)
     a, b, c = ((tmp_path/n).read_bytes() for n in "abc")
     assert a == b != c and len(a.splitlines()) == 50 * 2 + 70
 
@@ -228,7 +272,8 @@ def sevas_join(chosen, rejected):
     pairs = []
     for (image, question, good), (_, _, bad) in zip(chosen, rejected):
         if good != bad:
-            pairs.append({"chosen": good.replace("</s>", "").replace("\n", ""), "reject": bad.replace("</s>", "").replace("\n", ""), "question": question, "image_id": image + ".jpg"})
+            good, bad = (text.replace("</s>", "").replace("\n", "") for text in (good, bad))
+            pairs.append({"chosen": good, "reject": bad, "question": question, "image_id": image + ".jpg"})
     return pairs
 
 
@@ -242,8 +287,11 @@ def test_sevas_own_files_give_sevas_pairs(world, tmp_path):
     asked = [(f"{i // 2}", f"What is in picture {i}?") for i in range(70)]
     sides = [[(image, q, rng.choice(said)) for image, q in asked] for _ in range(2)]
     for name, side in zip(("base", "noise"), sides):
-        (tmp_path/f"{name}.jsonl").write_text("".join(json.dumps({"question": q, "answer": a, "image_id": image}) + "\n" for image, q, a in side))
-    inside("pairs", f"clean={tmp_path}/base.jsonl", f"diffusion-500={tmp_path}/noise.jsonl", "--rejected", "diffusion-500", "--like", "seva", "--images", images, "--out", tmp_path/"set")
+        rows = [{"question": q, "answer": a, "image_id": image} for image, q, a in side]
+        (tmp_path/f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    files = f"clean={tmp_path}/base.jsonl", f"diffusion-500={tmp_path}/noise.jsonl"
+    how = "--rejected", "diffusion-500", "--like", "seva"
+    inside("pairs", *files, *how, "--images", images, "--out", tmp_path/"set")
     ours, theirs = json.loads((tmp_path/"set/seva.json").read_text()), sevas_join(*sides)
     assert any(p["chosen"] == p["reject"] for p in theirs) and ours == [p for p in theirs if p["chosen"] != p["reject"]]
 
@@ -251,10 +299,13 @@ def test_sevas_own_files_give_sevas_pairs(world, tmp_path):
 ## Judges and servers
 
 def test_no_row_is_lost_to_a_bad_judge(world, tmp_path, monkeypatch):
-    rows = [dict(question_id=q, image=f"{q % 5}.png", text="Is this forbidden?" if q == 11 else "Describe the image.", view="clean", sample=s, answer="a cup " * (s + 1) + str(q)) for q in range(24) for s in range(4)]
+    asked = [dict(question_id=q, image=f"{q % 5}.png", text="Describe the image.", view="clean") for q in range(24)]
+    asked[11]["text"] = "Is this forbidden?"
+    rows = [q | dict(sample=s, answer="a cup " * (s + 1) + str(q["question_id"])) for q in asked for s in range(4)]
     (tmp_path/"answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with judge(.6) as url:
-        run = ["annotate", tmp_path/"answers.jsonl", "--images", world/"images", "--out", tmp_path/"scores.jsonl", "--model", "judge", "--base-url", url, "--retries", 3, "--pause", .01]
+        files = tmp_path/"answers.jsonl", "--images", world/"images", "--out", tmp_path/"scores.jsonl"
+        run = ["annotate", *files, "--model", "judge", "--base-url", url, "--retries", 3, "--pause", .01]
         p = start(*run, OPENAI_API_KEY=CANARY)
         while len(rows_of(tmp_path/"scores.jsonl")) < 4 and p.poll() is None:
             time.sleep(.01)
@@ -266,20 +317,25 @@ def test_no_row_is_lost_to_a_bad_judge(world, tmp_path, monkeypatch):
             told = inside(*run, code=1)
             assert CANARY not in told
             done, failed = rows_of(scores), rows_of(tmp_path/"scores.errors.jsonl")
-            assert len(done) + len(failed) == 24 and not {r["question_id"] for r in done} & {r["question_id"] for r in failed}, told
+            assert len(done) + len(failed) == 24, told
+            assert not {r["question_id"] for r in done} & {r["question_id"] for r in failed}, told
             if len(failed) == 1:
                 break
     assert [r["question_id"] for r in failed] == [11] and len({r["question_id"] for r in done}) == len(done) == 23
     assert [f["reason"] for f in failed[0]["failures"]] and "refused" in failed[0]["error"]
     reasons = " ".join(f["reason"] for r in done + failed for f in r.get("failures", []))
-    assert sum(word in reasons for word in ("429", "500", "no connection", "refused", "JSON", "less than or equal to 4")) >= 4, reasons  # the judge errs at random
-    assert all(a["scores"]["correctness"] == len(a["answer"]) % 5 for r in done for a in r["answers"]) and all(json.loads(r["answer"]) for r in done)
+    kinds = "429", "500", "no connection", "refused", "JSON", "less than or equal to 4"
+    assert sum(word in reasons for word in kinds) >= 4, reasons  # the judge errs at random
+    assert all(a["scores"]["correctness"] == len(a["answer"]) % 5 for r in done for a in r["answers"])
+    assert all(json.loads(r["answer"]) for r in done)
     assert not any(CANARY in f.read_text() for f in tmp_path.glob("*.json*"))
 
 
 def test_a_server_answers_like_a_local_model_and_resumes(world, tmp_path):
     with judge(.3) as url:
-        run = ["generate", world/"questions.jsonl", "--images", world/"images", "--out", tmp_path/"a.jsonl", "--engine", "openai", "--model", "m", "--base-url", url, "--view", "clean", "--view", "pixel-diffusion-800", "--view", "none"]
+        files = world/"questions.jsonl", "--images", world/"images", "--out", tmp_path/"a.jsonl"
+        views = "--view", "clean", "--view", "pixel-diffusion-800", "--view", "none"
+        run = ["generate", *files, "--engine", "openai", "--model", "m", "--base-url", url, *views]
         for _ in range(6):
             inside(*run, code=1)
             failed = rows_of(tmp_path/"a.errors.jsonl")
@@ -290,18 +346,25 @@ def test_a_server_answers_like_a_local_model_and_resumes(world, tmp_path):
 
 
 def test_no_server(world, tmp_path):
-    told = inside("generate", world/"questions.jsonl", "--images", world/"images", "--out", tmp_path/"a.jsonl", "--engine", "openai", "--model", "m", "--base-url", "http://127.0.0.1:9/v1", "--view", "clean", code=2)
+    files = world/"questions.jsonl", "--images", world/"images", "--out", tmp_path/"a.jsonl"
+    server = "--engine", "openai", "--model", "m", "--base-url", "http://127.0.0.1:9/v1"
+    told = inside("generate", *files, *server, "--view", "clean", code=2)
     assert "no connection to http://127.0.0.1:9/v1 (ConnectError); is the server running" in told
 
 
 def test_what_cannot_be_fused_is_recorded_and_the_rest_goes_on(world, tmp_path):
-    rows = [dict(question_id=q, image=f"{q}.png", text="Is this forbidden?" if q == 3 else "Describe the image.", view=v, answer=f"{v} {q}") for q in range(6) for v in ("clean", "flip", "diffusion-800")]
+    asked = [dict(question_id=q, image=f"{q}.png", text="Describe the image.") for q in range(6)]
+    asked[3]["text"] = "Is this forbidden?"
+    views = "clean", "flip", "diffusion-800"
+    rows = [q | dict(view=v, answer=f"{v} {q['question_id']}") for q in asked for v in views]
     (tmp_path/"answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    run = ["pairs", tmp_path/"answers.jsonl", "--images", world/"images", "--method", "fused", "--fuse", "clean", "--fuse", "flip", "--model", "fuser", "--out", tmp_path/"set"]
+    how = "--method", "fused", "--fuse", "clean", "--fuse", "flip", "--model", "fuser"
+    run = ["pairs", tmp_path/"answers.jsonl", "--images", world/"images", *how, "--out", tmp_path/"set"]
     with judge() as url:
         assert "1 questions could not be fused" in inside(*run, "--base-url", url, code=1)
     pairs, failed = rows_of(tmp_path/"set/pairs.jsonl"), rows_of(tmp_path/"set/fused.errors.jsonl")
-    assert {p["question_id"] for p in pairs} == {0, 1, 2, 4, 5} and {p["chosen"] for p in pairs} <= {"yes", "no"} and "refused" in failed[0]["error"] and [r["question_id"] for r in failed] == [3]
+    assert {p["question_id"] for p in pairs} == {0, 1, 2, 4, 5} and {p["chosen"] for p in pairs} <= {"yes", "no"}
+    assert "refused" in failed[0]["error"] and [r["question_id"] for r in failed] == [3]
     assert "fuser" in (tmp_path/"set/README.md").read_text()
 
 
@@ -315,11 +378,13 @@ def test_without_ray_its_engine_says_what_to_install(world, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("embed", [True, False])
 def test_datasets_reads_what_we_write(world, tmp_path, embed):
-    rows = [json.loads(l) for l in (world/"questions.jsonl").read_text().splitlines() if json.loads(l)["image"] != "7.png"]
+    rows = [r for r in map(json.loads, (world/"questions.jsonl").read_text().splitlines()) if r["image"] != "7.png"]
     (tmp_path/"q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    inside("convert", tmp_path/"q.jsonl", tmp_path/"q.parquet", "--to", "parquet", "--images", world/"images", *(["--embed"] if embed else []))
+    how = "--to", "parquet", "--images", world/"images", *(["--embed"] if embed else [])
+    inside("convert", tmp_path/"q.jsonl", tmp_path/"q.parquet", *how)
     import datasets
-    data = datasets.load_dataset("parquet", data_files=str(tmp_path/"q.parquet"), cache_dir=str(tmp_path/"cache"), split="train")
+    parquet, cache = str(tmp_path/"q.parquet"), str(tmp_path/"cache")
+    data = datasets.load_dataset("parquet", data_files=parquet, cache_dir=cache, split="train")
     with Image.open(world/"images"/rows[5]["image"]) as im:
         assert data[5]["picture"].convert("RGB").tobytes() == im.convert("RGB").tobytes()
     bytes_inside = data.cast_column("picture", datasets.Image(decode=False))[5]["picture"]["bytes"]
@@ -327,7 +392,8 @@ def test_datasets_reads_what_we_write(world, tmp_path, embed):
     assert "rows 117  images 39  found 39" in inside("check", tmp_path/"q.parquet", world/"images")
     inside("convert", tmp_path/"q.parquet", tmp_path/"back.jsonl", "--to", "jsonl")
     assert rows_of(tmp_path/"back.jsonl") == rows
-    inside("generate", tmp_path/"q.parquet", "--images", world/"images", "--model", world/"model", "--out", tmp_path/"a.jsonl", "--view", "none", "--max-new-tokens", 1)
+    model = "--model", world/"model", "--view", "none", "--max-new-tokens", 1
+    inside("generate", tmp_path/"q.parquet", "--images", world/"images", *model, "--out", tmp_path/"a.jsonl")
     assert len(rows_of(tmp_path/"a.jsonl")) == 117
 
 
@@ -340,10 +406,15 @@ def test_trl_trains_on_the_folder(world, tmp_path):
     from tita.models import load_processor, load_vlm
     model, ref = load_vlm(world/"model", dtype="float32"), load_vlm(world/"model", dtype="float32")
     before = model.lm_head.weight.clone()
-    args = DPOConfig(str(tmp_path/"run"), use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None, per_device_train_batch_size=4, max_steps=2, learning_rate=1e-3, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True)
-    trainer = DPOTrainer(model, ref, args, train_dataset=load_from_disk(tmp_path/"set/trl"), processing_class=load_processor(world/"model"))
+    plain = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None)
+    quiet = dict(report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True)
+    steps = dict(per_device_train_batch_size=4, max_steps=2, learning_rate=1e-3)
+    args = DPOConfig(str(tmp_path/"run"), **plain, **quiet, **steps)
+    data, processor = load_from_disk(tmp_path/"set/trl"), load_processor(world/"model")
+    trainer = DPOTrainer(model, ref, args, train_dataset=data, processing_class=processor)
     trainer.train()
-    assert not torch.equal(before, trainer.model.lm_head.weight.cpu()) and abs(trainer.state.log_history[0]["loss"] - .6931) < .01
+    assert not torch.equal(before, trainer.model.lm_head.weight.cpu())
+    assert abs(trainer.state.log_history[0]["loss"] - .6931) < .01
 
 
 ## Whatever is written can be trained on
@@ -357,27 +428,31 @@ def pair_files(world, root):
     (root/"ours.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     for to in ("jsonl", "seva", "mllm", "trl", "parquet"):
         inside("convert", root/"ours.jsonl", root/f"made.{to}", "--to", to, "--images", world/"images")
-    inside("convert", root/"ours.jsonl", root/"embedded.parquet", "--to", "parquet", "--images", world/"images", "--embed")
+    embedded = "--to", "parquet", "--images", world/"images", "--embed"
+    inside("convert", root/"ours.jsonl", root/"embedded.parquet", *embedded)
     answers = [dict(question_id=r["question_id"], image=r["image"], text=r["prompt"], view=v, answer=a)
                for r in rows for v, a in (("clean", "yes"), ("diffusion-800", "no"))]
     (root/"answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in answers))
     inside("pairs", root/"answers.jsonl", "--images", world/"images", "--out", root/"set")
-    asked, (good, bad) = {"from": "human", "value": f"<image>\n{PAIR['prompt']}"}, ({"from": "gpt", "value": v} for v in ("yes", "no"))
+    asked = {"from": "human", "value": f"<image>\n{PAIR['prompt']}"}
+    good, bad = ({"from": "gpt", "value": v} for v in ("yes", "no"))
     seva = [dict(chosen="yes", reject="no", question=PAIR["prompt"], image_id=f"{i}.jpg") for i in (1, 2)]
-    mllm = [dict(id=i, image=f"scigraph/{i}.png", question=str(asked), chosen=good, rejected=str([asked, bad])) for i in (1, 2)]
+    talk = dict(question=str(asked), chosen=good, rejected=str([asked, bad]))
+    mllm = [dict(id=i, image=f"scigraph/{i}.png") | talk for i in (1, 2)]
     (root/"seva_array.json").write_text(json.dumps(seva))
     (root/"seva_lines.json").write_text("\n".join(map(json.dumps, seva)))
     (root/"mllm_published.json").write_text(json.dumps(mllm, indent=1))
     import datasets
     say = lambda role, text: [{"role": role, "content": text}]
-    trl = [dict(images=[str(world/f"images/{i}.png")], prompt=say("user", PAIR["prompt"]), chosen=say("assistant", "yes"),
-                rejected=say("assistant", "no")) for i in (1, 2)]
+    talk = dict(prompt=say("user", PAIR["prompt"]), chosen=say("assistant", "yes"), rejected=say("assistant", "no"))
+    trl = [dict(images=[str(world/f"images/{i}.png")]) | talk for i in (1, 2)]
     said = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
     features = datasets.Features({"images": [datasets.Image()], "prompt": said, "chosen": said, "rejected": said})
     datasets.Dataset.from_list(trl, features=features).to_parquet(root/"trl.parquet")
-    return [root/n for n in ("ours.jsonl", "made.jsonl", "made.seva", "made.mllm", "made.trl", "made.parquet", "embedded.parquet",
-        "set/pairs.jsonl", "set/seva.json", "set/mllm_dpo.json", "set/trl", "seva_array.json", "seva_lines.json",
-        "mllm_published.json", "trl.parquet")]
+    made = ["made.jsonl", "made.seva", "made.mllm", "made.trl", "made.parquet", "embedded.parquet"]
+    sets = ["set/pairs.jsonl", "set/seva.json", "set/mllm_dpo.json", "set/trl"]
+    published = ["seva_array.json", "seva_lines.json", "mllm_published.json", "trl.parquet"]
+    return [root/n for n in ("ours.jsonl", *made, *sets, *published)]
 
 
 def shown(image):
@@ -401,12 +476,14 @@ def test_every_pair_file_can_be_trained_on(world, tmp_path):
 def conversation_files(world, root):
     "Files of answers of every kind."
     scores = dict(helpfulness=4, correctness=4, coherence=4, complexity=1, verbosity=1)
-    answers = [dict(view="clean", model="m", sample=k, answer=a, scores=scores | {"helpfulness": 4 - k}) for k, a in enumerate(("yes", "no"))]
-    scored = [dict(question_id=f"q{i}", image=f"{i}.png", text=PAIR["prompt"], model="judge", answers=answers) for i in (1, 2)]
+    said = [dict(sample=k, answer=a, scores=scores | {"helpfulness": 4 - k}) for k, a in enumerate(("yes", "no"))]
+    answers = [dict(view="clean", model="m") | a for a in said]
+    asked = [dict(question_id=f"q{i}", image=f"{i}.png", text=PAIR["prompt"]) for i in (1, 2)]
+    scored = [q | dict(model="judge", answers=answers) for q in asked]
     (root/"scored.jsonl").write_text("".join(json.dumps(r) + "\n" for r in scored))
     for to in ("sft", "rejection", "steerlm"):
         inside("convert", root/"scored.jsonl", root/f"{to}.json", "--to", to, "--images", world/"images")
-    rows = [dict(question_id=f"q{i}", image=f"{i}.png", text=PAIR["prompt"], view="clean", answer="yes") for i in (1, 2)]
+    rows = [q | dict(view="clean", answer="yes") for q in asked]
     (root/"answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     inside("convert", root/"answers.jsonl", root/"llava.json", "--to", "llava")
     return [root/n for n in ("sft.json", "rejection.json", "steerlm.json", "answers.jsonl", "llava.json")]
@@ -417,20 +494,24 @@ def test_every_file_of_answers_can_be_trained_on(world, tmp_path):
     for file in conversation_files(world, tmp_path):
         wrong = []
         rows = list(read_conversations(file, world/"images", wrong))
-        assert not wrong and [r["answer"] for r in rows] == (["yes", "no"] * 2 if file.stem == "steerlm" else ["yes"] * 2), file
+        said = ["yes", "no"] * 2 if file.stem == "steerlm" else ["yes"] * 2
+        assert not wrong and [r["answer"] for r in rows] == said, file
         assert all(r["prompt"].startswith(PAIR["prompt"]) and Path(r["image"]).is_file() for r in rows), file
 
 
 def test_one_bad_row_costs_no_file(world, tmp_path, capsys):
     from tita.preferences import read_pairs
     good = PAIR | {"image": "1.png"}
-    bad = [good | {"rejected": ""}, good | {"chosen": "no"}, good | {"image": "gone.png"}, good | {"image": "../model/config.json"}, {"prompt": "?"}]
-    text = [json.dumps(r) for r in (good, *bad)] + ["{broken", json.dumps(good)[:-1] + ', "x": ' + "[" * 3000, '"text"', json.dumps(good)]
-    (tmp_path/"p.jsonl").write_text("\n".join(text))
+    changes = {"rejected": ""}, {"chosen": "no"}, {"image": "gone.png"}, {"image": "../model/config.json"}
+    rows = [good, *(good | c for c in changes), {"prompt": "?"}]
+    broken = ["{broken", json.dumps(good)[:-1] + ', "x": ' + "[" * 3000, '"text"']
+    (tmp_path/"p.jsonl").write_text("\n".join([*map(json.dumps, rows), *broken, json.dumps(good)]))
     assert len(list(read_pairs(tmp_path/"p.jsonl", world/"images"))) == 2
     told = capsys.readouterr().err.splitlines()
     assert [line.split(":")[1] for line in told] == [str(n) for n in range(2, 10)], told
-    for line, why in zip(told, ("rejected is empty", "are equal", "is not in", "leaves its folder", "no key 'chosen'", "not JSON", "nested", "a row is a JSON object")):
+    reasons = ("rejected is empty", "are equal", "is not in", "leaves its folder", "no key 'chosen'", "not JSON",
+               "nested", "a row is a JSON object")
+    for line, why in zip(told, reasons):
         assert f"left out: {why}" in line or why in line
 
 
@@ -453,62 +534,88 @@ def test_a_200_mb_array_needs_little_memory(tmp_path):
         f.write("[")
         while f.tell() < 200e6:
             for _ in range(1000):
-                f.write(f'{", " if n else ""}{{"id": "{n}", "image": "{("ocr_vqa/images", "textvqa/train_images", "gqa/images")[n % 3]}/{n % 100}.jpg", "conversations": {text}}}')
+                folder = "ocr_vqa/images", "textvqa/train_images", "gqa/images"
+                image = f"{folder[n % 3]}/{n % 100}.jpg"
+                f.write(f'{", " if n else ""}{{"id": "{n}", "image": "{image}", "conversations": {text}}}')
                 n += 1
         f.write("]")
     (tmp_path/"images").mkdir()
     for i in range(100):
         Image.new("RGB", (8, 8)).save(tmp_path/f"images/{i}.jpg")
-    for args in ["questions", tmp_path/"mix.json", "--out", tmp_path/"q.jsonl"], ["check", tmp_path/"mix.json", tmp_path/"images"]:
+    mix = tmp_path/"mix.json"
+    for args in ["questions", mix, "--out", tmp_path/"q.jsonl"], ["check", mix, tmp_path/"images"]:
         r = subprocess.run([sys.executable, "-c", PEAK, *map(str, args)], capture_output=True, text=True, env=env())
         assert r.returncode == 0 and int(r.stderr.split()[-1]) < 400, r.stdout[-300:] + r.stderr[-2000:]
-    assert len(rows_of(tmp_path/"q.jsonl")) == 4000 * 2 + 8000 * 2 and f"rows {3 * n}  images 300  found 300  missing 0" in r.stdout
+    assert len(rows_of(tmp_path/"q.jsonl")) == 4000 * 2 + 8000 * 2
+    assert f"rows {3 * n}  images 300  found 300  missing 0" in r.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is not installed (pip install 'ray[data]')")
 def test_two_ray_actors_answer_like_one_process(world, tmp_path):
     generate(world, tmp_path/"one.jsonl", code=1)
-    told = tita_data(*generating(world, tmp_path/"two.jsonl"), "--engine", "ray", "--actors", 2, "--batch-size", 8, code=1)
-    assert by_key(rows_of(tmp_path/"two.jsonl")) == by_key(rows_of(tmp_path/"one.jsonl")) and len(rows_of(tmp_path/"two.errors.jsonl")) == 6, told
+    ray = "--engine", "ray", "--actors", 2, "--batch-size", 8
+    told = tita_data(*generating(world, tmp_path/"two.jsonl"), *ray, code=1)
+    assert by_key(rows_of(tmp_path/"two.jsonl")) == by_key(rows_of(tmp_path/"one.jsonl")), told
+    assert len(rows_of(tmp_path/"two.errors.jsonl")) == 6, told
 
 
 ## The run notebook
 
 def run_notebook(out, **parameters):
     flat = [x for k, v in parameters.items() for x in ("-p", k, str(v))]
-    return subprocess.run([sys.executable, "scripts/run_notebook.py", "nbs/runs/prepare_data.ipynb", str(out/"prepare_data.ipynb"), "-p", "out", str(out), *flat], cwd=ROOT, env=env(), capture_output=True, text=True)
+    script = sys.executable, "scripts/run_notebook.py", "nbs/runs/prepare_data.ipynb", str(out/"prepare_data.ipynb")
+    run = dict(cwd=ROOT, env=env(), capture_output=True, text=True)
+    return subprocess.run([*script, "-p", "out", str(out), *flat], **run)
 
 
 @pytest.mark.slow
 def test_run_notebook_with_a_model_in_this_process(world, tmp_path):
     for _ in range(2):
-        r = run_notebook(tmp_path, questions=world/"questions.jsonl", images=world/"images", model=world/"model", max_new_tokens=6)
+        asked = dict(questions=world/"questions.jsonl", images=world/"images")
+        r = run_notebook(tmp_path, **asked, model=world/"model", max_new_tokens=6)
         assert r.returncode == 0, r.stdout + r.stderr
     sets = json.loads((tmp_path/"metrics.json").read_text())["sets"]
-    assert sets.keys() == {"seva", "consensus", "hard"} and all((tmp_path/name/"README.md").exists() for name in sets if sets[name]["report"]["pairs"]) and sets["hard"]["pairs"] > 0
+    assert sets.keys() == {"seva", "consensus", "hard"} and sets["hard"]["pairs"] > 0
+    assert all((tmp_path/name/"README.md").exists() for name in sets if sets[name]["report"]["pairs"])
 
 
 @pytest.mark.slow
 def test_run_notebook_with_a_server(world, tmp_path):
     with judge() as url:
-        r = run_notebook(tmp_path, questions=world/"questions.jsonl", images=world/"images", engine="openai", base_url=url, model="m", judge="m", samples=2, judge_questions=10)
+        asked = dict(questions=world/"questions.jsonl", images=world/"images")
+        server = dict(engine="openai", base_url=url, model="m", judge="m")
+        r = run_notebook(tmp_path, **asked, **server, samples=2, judge_questions=10)
         assert r.returncode == 0, r.stdout + r.stderr
-    assert json.loads((tmp_path/"metrics.json").read_text())["sets"]["seva"]["report"]["joined"] == 117 and len(rows_of(tmp_path/"scores.jsonl")) > 5
+    sets = json.loads((tmp_path/"metrics.json").read_text())["sets"]
+    assert sets["seva"]["report"]["joined"] == 117 and len(rows_of(tmp_path/"scores.jsonl")) > 5
 
 
 ## Other models than LLaVA
 
+def ends(tokenizer):
+    "The ids that a language model's configuration wants."
+    return {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("pad", "bos", "eos")}
+
+
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+
+
 def llava_next(processor):
     "Images of several sizes, each in patches of its own number."
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+    from transformers import LlavaNextProcessor
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
     tok, grid = processor.tokenizer, [[32, 64], [64, 32], [64, 64]]
-    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=16, projection_dim=32)
-    text = LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
-    model = LlavaNextForConditionalGeneration(LlavaNextConfig(vision_config=vision, text_config=text, image_token_id=processor.image_token_id, vision_feature_layer=-1, image_grid_pinpoints=grid))
-    images = LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=grid)
-    return model.eval(), LlavaNextProcessor(images, tok, patch_size=16, vision_feature_select_strategy="default", chat_template=processor.chat_template, image_token="<image>", num_additional_image_tokens=1)
+    vision = CLIPVisionConfig(**SMALL, image_size=32, patch_size=16, projection_dim=32)
+    text = LlamaConfig(vocab_size=len(tok), **SMALL, num_key_value_heads=4, **ends(tok))
+    seen = dict(image_token_id=processor.image_token_id, vision_feature_layer=-1, image_grid_pinpoints=grid)
+    model = LlavaNextForConditionalGeneration(LlavaNextConfig(vision_config=vision, text_config=text, **seen))
+    crop = {"height": 32, "width": 32}
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop, image_grid_pinpoints=grid)
+    patches = dict(patch_size=16, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    said = dict(chat_template=processor.chat_template, image_token="<image>")
+    return model.eval(), LlavaNextProcessor(images, tok, **patches, **said)
 
 
 def qwen2_vl(processor):
@@ -516,10 +623,13 @@ def qwen2_vl(processor):
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     tok, image = processor.tokenizer, processor.image_token_id
-    text = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
-        rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.})
-    vision = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(vision_config=vision, text_config=text, image_token_id=image, video_token_id=3, vision_start_token_id=5, vision_end_token_id=6))
+    turning = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.}
+    text = dict(vocab_size=len(tok), **SMALL, num_key_value_heads=4, **ends(tok), rope_parameters=turning)
+    vision = dict(depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2)
+    patches = dict(patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+    marks = dict(image_token_id=image, video_token_id=3, vision_start_token_id=5, vision_end_token_id=6)
+    config = Qwen2VLConfig(vision_config=vision | patches, text_config=text, **marks)
+    model = Qwen2VLForConditionalGeneration(config)
     return model.eval(), FlatPatches(processor, Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112))
 
 

@@ -89,7 +89,7 @@ def stable_hash(
 ) -> str: # 16 hexadecimal digits
     "The same for the same parts on every machine and in every process (unlike `hash`)."
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 # %% ../nbs/00_core.ipynb #deeac81f
 def seed_for(*parts) -> int:
@@ -110,14 +110,14 @@ def set_seed(
 # %% ../nbs/00_core.ipynb #3783f277
 def write_text(
     path: str | Path, # replaced as a whole, its folder made
-    text: str, # the content
+    text: str, # the content; half a character, which UTF-8 cannot hold, becomes its escape
 ) -> Path: # the path
     "Write a text file atomically (temporary file, fsync, rename)."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(fd, "w", encoding="utf-8") as f:
+        with os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
@@ -248,11 +248,15 @@ def _recover(self: JsonlWriter):
         self._count(row)
 
 # %% ../nbs/00_core.ipynb #9c41d2f3
+def _line(row) -> bytes:
+    "A row in UTF-8; half a character, which that cannot hold, as JSON's escape."
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
 @patch
 def append(self: JsonlWriter, rows):
     "Hand rows to the operating system: a kill of the process loses none of them, a loss of power may before `sync`."
     rows = list(rows)
-    self._file.write(b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in rows))
+    self._file.write(b"".join(map(_line, rows)))
     self._file.flush()
     for row in rows:
         self._count(row)

@@ -130,7 +130,7 @@ def prompt_ids(
     processor, # a processor, or a tokenizer
     prompts: list[str], # of `chat_prompt`
 ) -> list[list[int]]: # an image is still one placeholder
-    "Token ids of prompts as the model shall read them: what a template writes, and BOS once where the tokenizer adds it."
+    "Token ids of prompts as a model reads them: what a template writes, and BOS once where the tokenizer adds it."
     texts = list(dict.fromkeys(prompts))  # many rows ask the same
     ids = _tokenizer(processor)(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     known = dict(zip(texts, opened(processor, ids)))

@@ -120,7 +120,7 @@ class LocalEngine:
     processor: object # of the model
     images: object # folder, or a mapping from name to Pillow image
     names: list # all image names, sorted: for the view `swap`
-    batch_size: int = 64 # rows that run at once
+    batch_size: int | None = None # rows that run at once; None: as many as memory holds, at most 256
     max_new_tokens: int = 512 # greatest length of an answer
     temperature: float = 0. # 0: greedy
     top_p: float = 1. # when sampling
@@ -156,7 +156,7 @@ def find_picture(
 def as_question(engine: LocalEngine, task: dict) -> dict:
     "A task as `AlignedDecoder.answers` takes it; the same seed and name give an image the same view in every task."
     name, view = what_is_shown(task, engine.names, engine.seed)
-    return dict(question_id=task["question_id"], image=name, text=task["text"], view=view, seed=engine.seed,
+    return dict(question_id=task["question_id"], image=name, text=whole_text(task["text"]), view=view, seed=engine.seed,
                 sample=list(answer_key(task)), task=task)
 
 def by_picture(questions: list[dict]) -> list[dict]:
@@ -170,12 +170,12 @@ def by_picture(questions: list[dict]) -> list[dict]:
 def run_rows(
     engine: LocalEngine, # who answers
     questions: list[dict], # of `as_question`
-    slots: int, # rows that run at once
+    slots: int | None, # rows that run at once; None: by memory
 ): # outputs of `AlignedDecoder.answers`
     "Answer questions with so many rows at a time."
     engine.decoder.slots = slots
     sampling = dict(max_new_tokens=engine.max_new_tokens, temperature=engine.temperature, top_p=engine.top_p)
-    ahead = dict(window=max(256, 2 * slots), draft=0)
+    ahead = dict(window=max(256, 2 * (slots or 0)), draft=0)
     find = lambda name: find_picture(engine.folder, name)
     yield from engine.decoder.answers(questions, find, seed=engine.seed, **ahead, **sampling)
 
@@ -206,7 +206,7 @@ def __call__(self: LocalEngine, tasks: list):
                 raise TitaError(f"{self.model_name} cannot be run here ({why}); {SERVER}") from None
             if slots == 1:
                 yield [], [error_row(left.pop(next(iter(left)))["task"], why)]
-            slots = max(1, slots // 2)
+            slots = max(1, (slots or 256) // 2)
 
 # %% ../../nbs/data/42_answers.ipynb #5b1bc322
 def beside(
