@@ -246,13 +246,14 @@ def _pairs(images, questions) -> tuple[list, list]:
 def generate(self: AlignedDecoder,
     images: list, # for each question a PIL image, an array, a path, None, or a list of these; or one for all questions
     questions: list[str], # what is asked
+    max_new_tokens: int | None = None, # at most, per row; None: the base's own setting
     n: int = 1, # samples per question
     seed: int = 0, # of everything that is drawn
     draft: int | str = "auto", # tokens that the reward drafts and the base verifies; 0: none; "lazy": the reward runs where it can matter; "auto": whatever is fastest here. The answers are the same
     processors: list = (), # more of transformers' logits processors, called row by row
     errors: str | None = None, # "raise" or "row" (a bad row has .error, the others run); None: raise if there is only one
     lam=None, bound=None, # λ and nats of this call, or lists with one for each question (None: the decoder's)
-    **settings, # max_new_tokens, temperature (0 is greedy), top_p, stop, eos ...: any of `generate`'s; what is not given is the base's own
+    **settings, # temperature (0 is greedy), top_p, stop, eos ...: any of `generate`'s; what is not given is the base's own
 ) -> list[Output]: # `n` for each question, in order
     "Answer questions about images. Raises `TitaError` for settings that mean nothing; see `errors` for bad rows."
     images, questions = _pairs(images, questions)
@@ -261,6 +262,8 @@ def generate(self: AlignedDecoder,
     if errors not in (None, "raise", "row"):
         raise TitaError(f"errors is {errors!r}; it must be 'raise' or 'row'")
     strengths = self._strengths(lam, bound, len(questions))
+    if max_new_tokens is not None:
+        settings["max_new_tokens"] = max_new_tokens
     s, rows, times = self._sampling(**settings), [], Counter()
     for question, image, (l, b) in zip(questions, images, strengths):
         row = Row(0, question, _list(image), s, seed, lam=l, bound=b)
@@ -438,10 +441,10 @@ def score(self: AlignedDecoder,
 ) -> list[Output]: # the answers, with the rewards of their tokens
     "Token rewards of given answers."
     images, questions = _pairs(images, questions)
-    s, tok = self._sampling(temperature=0.), self.encoders[0].tokenizer
+    s = self._sampling(temperature=0.)
     if len(answers) != len(questions):
         raise TitaError(f"{len(answers)} answers and {len(questions)} questions; give one for each")
-    end = list(s.eos[:1])
-    ids = [tok(a, add_special_tokens=False)["input_ids"] + end if isinstance(a, str) else list(a) for a in answers]
+    texts = iter(answer_ids(self.processor, [a for a in answers if isinstance(a, str)]))
+    ids = [next(texts) if isinstance(a, str) else list(a) for a in answers]
     rows = [Row(i, q, _list(im), s, 0, forced=f) for i, (q, im, f) in enumerate(zip(questions, images, ids))]
     return self._run(rows, self.engine(len(rows)), errors)
