@@ -26,7 +26,7 @@ from .prompts import Encoder
 from .sampling import Sampling, Text, read_settings
 from .speculation import SpeculativeEngine
 from .vocabularies import TokenMap
-from ..models import check_pair, load_processor, load_vlm, vision_tower
+from ..models import answer_ids, check_pair, load_processor, load_vlm, vision_tower
 from ..views import parse_view, view_seed
 
 # %% ../../nbs/decode/18_decoder.ipynb #3c3dddec
