@@ -68,7 +68,7 @@ def test_the_same_answers(form):
 def test_other_ways_there():
     "The safe default, scores of answers, a stream, the base alone, transformers' generate, M-RoPE, a batch of trees."
     images, questions = prompts(4)
-    make = lambda **kw: AlignedDecoder(BASE, REWARD, PROCESSOR, REF, **kw)
+    make = lambda lam=.6, **kw: AlignedDecoder(BASE, REWARD, PROCESSOR, REF, lam=lam, **kw)
     x = dict(PROCESSOR(text=chat_prompt(PROCESSOR, questions[0]), images=images[0], return_tensors="pt"))
     qwen, processor = family("qwen2.5-vl", 3, 0), HandProcessor("qwen2.5-vl")
     reward = near(qwen, .05)

@@ -110,8 +110,8 @@ def test_the_next_call_uses_the_recordings():
 def test_weights_that_move_are_recorded_anew():
     "New values are seen by a recording; a new place of the weights makes it void."
     base = copy.deepcopy(BASE)
-    d = AlignedDecoder(base, REWARD, PROCESSOR, REF)
-    tape, made = taped(AlignedDecoder(base, REWARD, PROCESSOR, REF))
+    d = AlignedDecoder(base, REWARD, PROCESSOR, REF, lam=.6)
+    tape, made = taped(AlignedDecoder(base, REWARD, PROCESSOR, REF, lam=.6))
     images, questions = prompts(2)
     changes = (lambda: None, lambda: base.lm_head.weight.data.mul_(-1),
                lambda: [setattr(p, "data", p.data.clone()) for p in base.parameters()],
