@@ -150,8 +150,7 @@ def public(module):
     return next(map(ast.literal_eval, listed), [])
 
 SHARED = {
-    "main",  # what the console scripts start, one for each command
-    "SAFE"}  # of guidance; `tita-ask` says it again, since its help must not import torch
+    "main"}  # what the console scripts start, one for each command
 
 def test_names_are_unique():
     "A public name says what a thing is, and of which module it is."

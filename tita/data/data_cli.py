@@ -123,7 +123,7 @@ def build_engine(
     images: Path, # image folder
     names: list, # all image names, sorted
     settings: dict, # max_new_tokens, temperature, top_p, seed
-    batch_size: int = 64, # rows that run at once
+    batch_size: int = 128, # rows that run at once
     base_url: str | None = None, key_env: str = "OPENAI_API_KEY", concurrency: int = 8, # of a server
     actors: int = 1, gpus: float = 0., # of a cluster
     device: str | None = None, dtype: str = "auto", # of a model in this process
@@ -231,7 +231,7 @@ def generate_command(
     questions: _arg(Path, "question file"), images: Images, out: Out, model: Model,
     view: Views = ["clean", "diffusion-800"], engine: Engine = "transformers",
     samples: Samples = 1, temperature: Temperature = 0., top_p: TopP = 1., max_new_tokens: Longest = 512,
-    batch_size: Batch = 64, seed: Seed = 0, shard: Shard = None, skip_bad: SkipBad = False,
+    batch_size: Batch = 128, seed: Seed = 0, shard: Shard = None, skip_bad: SkipBad = False,
     base_url: BaseUrl = None, key_env: KeyEnv = "OPENAI_API_KEY", concurrency: Concurrency = 8,
     actors: Actors = 1, gpus: Gpus = 0., device: Device = None, dtype: Dtype = "auto",
     timeout: Timeout = 120., retries: Retries = 5, max_rps: MaxRps = None,

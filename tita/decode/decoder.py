@@ -23,7 +23,7 @@ from .experts import Expert, share_towers
 from .guidance import FORMS, SAFE, Guidance
 from .pace import Pace
 from .prompts import Encoder
-from .sampling import Sampling, Text, read_settings
+from .sampling import Sampling, Text, settings_as_generate
 from .speculation import SpeculativeEngine
 from .vocabularies import TokenMap
 from ..models import answer_ids, check_pair, load_processor, load_vlm, vision_tower
@@ -184,7 +184,7 @@ def _sampling(self: AlignedDecoder, **kwargs) -> Sampling:
     own = self.base.generation_config
     if kwargs.get("eos") is None and kwargs.get("eos_token_id") is None and (own is None or own.eos_token_id is None):
         kwargs["eos"] = self.encoders[0].tokenizer.eos_token_id
-    sampling = read_settings(own, **kwargs)
+    sampling = settings_as_generate(own, **kwargs)
     try:
         sampling.processors(self.experts[0].core)
     except (ValueError, TypeError) as e:
@@ -317,6 +317,7 @@ def _run(self: AlignedDecoder, rows: list[Row], engine: Engine, errors: str | No
     self.stats = dict(rows=len(rows), steps=engine.steps, tokens=engine.produced)
     return out
 
+# %% ../../nbs/decode/18_decoder.ipynb #82a30a98
 @patch
 def stream(self: AlignedDecoder,
     image, # a PIL image, a path or None
@@ -407,7 +408,7 @@ def answers(self: AlignedDecoder,
     "Answer a stream of questions, however long: it is read as places become free, and rows about one image run together."
     sampling, questions, find = self._sampling(**settings), iter(questions), lru_cache(1)(_finder(images))
     first = list(islice(questions, window))
-    engine = self.engine(len(first), processors, noise_seed=seed, draft=draft)
+    engine = self.engine(len(first), processors, refill=.5, noise_seed=seed, draft=draft)  # yes and no are short
     groups = grouped(chain(first, questions), window)
     while True:
         while len(engine.queue) < 2 * engine.slots and (group := next(groups, None)):
