@@ -15,7 +15,7 @@ from ..api.endpoints import Endpoint, any_endpoint
 from ..core import TitaError, seed_for
 from ..views import parse_view, view_seed
 from .sources import get_image
-from .answers import LocalEngine, answer_key, what_is_shown
+from .answers import LocalEngine, answer_key, what_is_shown, whole_text
 
 # %% ../../nbs/data/43_answerers.ipynb #42a650d4
 def server_endpoint(
@@ -50,7 +50,7 @@ class EndpointEngine(EndpointAnswerer):
 
     def body(self, task: dict, image: str | None) -> dict:
         seed = seed_for("sample", self.seed, *answer_key(task)) % 2**31
-        return make_body(self.endpoint.model, task["text"], image, self.settings, seed=seed)
+        return make_body(self.endpoint.model, whole_text(task["text"]), image, self.settings, seed=seed)
 
     def answers(self, tasks):
         tasks = list(tasks)
