@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent/"tests"))
 from standin import standin
 from tita.api.client import Settings
 from tita.core import run_info, write_json
-from tita.bench.traffic import Load, read_questions, run_load
+from tita.bench.traffic import Load, read_checked_questions, run_load
 from tita.api.endpoints import any_endpoint
 
 
@@ -25,7 +25,7 @@ def make_questions(folder: Path, n: int, image: bool) -> list:
     shown = "image.png" if image else ""
     rows = [dict(question_id=i, text=f"What is {i} plus 1?", image=shown) for i in range(n)]
     (folder/"q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return read_questions(folder/"q.jsonl", folder)
+    return read_checked_questions(folder/"q.jsonl", folder)
 
 
 def measure(url, questions, folder, concurrency, name) -> dict:

@@ -436,7 +436,7 @@ def card(
     d, run = describe(pairs), run_info()
     d["sources"] = ", ".join(f"{name} ({n})" for name, n in d["sources"].items())
     made = dict(model=model, seed=seed, time=run["time"], commit=run["commit"] or "unknown")
-    return CARD.format(**d, **d["mean_words"], **made, report=json.dumps(report), files=files)
+    return PAIRS_CARD.format(**d, **d["mean_words"], **made, report=json.dumps(report), files=files)
 
 # %% ../../nbs/data/44_pairs.ipynb #7aeb2d7c
 def found_names(
