@@ -87,8 +87,9 @@ def answerer(
     model, # an `AlignedDecoder`, or a function (images, questions) -> texts
     **settings, # for the decoder: max_new_tokens, temperature, ...
 ) -> Callable: # (images, questions) -> (texts, errors)
-    "One face for decoders and functions."
+    "One face for decoders, greedy unless a temperature is given, and functions."
     ask = getattr(model, "generate", model)
+    settings = {"temperature": 0.} | settings if ask is not model else settings
     def answers(images, texts):
         out = list(ask(images, texts, **settings))
         if len(out) != len(texts):

@@ -425,7 +425,8 @@ def examples_of(
     max_new_tokens: int = 64, # of an answer
 ) -> list[dict]: # for `report.report_html`; rows that failed are left out
     "Answer again, and keep each token's reward."
-    outs = decoder.generate(images, [r["text"] for r in rows], max_new_tokens=max_new_tokens, errors="row")
+    texts, greedily = [r["text"] for r in rows], dict(max_new_tokens=max_new_tokens, temperature=0.)
+    outs = decoder.generate(images, texts, errors="row", **greedily)
     return [_example(row, image, out, was, good) for row, image, out in zip(rows, images, outs) if not out.error]
 
 # %% ../../nbs/studies/82_stages.ipynb #f7d9914e
