@@ -8,6 +8,6 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell that starts a command with `&` lets it ignore Ctrl-C, and so its children: tests that send one need the usual ways.
+# A shell that starts a command with `&` lets it ignore Ctrl-C, and so its children; some tests send one.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -53,6 +53,8 @@ STYLE = {
 class Picture(Figure):
     "A matplotlib figure outside pyplot that shows itself in a notebook; `alt` describes it in words."
     alt = ""
+    def __init__(self, *args, **kwargs): # as a matplotlib `Figure`, whose own signature the docs cannot read
+        super().__init__(*args, **kwargs)
     def draw(self, renderer):
         with boxes_are_fine():
             super().draw(renderer)
