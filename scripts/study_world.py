@@ -8,7 +8,7 @@
 
 A seed that is there is not run again: killed and started again, it goes on.
 """
-import argparse, json, os, subprocess, sys
+import argparse, json, subprocess, sys
 from pathlib import Path
 from tita.core import TitaError, cli, write_json, write_text
 from tita.eval.metrics import METRICS

@@ -16,7 +16,7 @@ from tita.decode import engine, sampling
 from tita.decode.experts import Expert
 from tita.views import diffusion_noise
 from tita.decode.decoder import AlignedDecoder
-from tita.decode.guidance import Guidance, token_rewards
+from tita.decode.guidance import token_rewards
 from tita.models import chat_prompt
 from tita.world.embedded import load_models, make_scenes, tiny_model, tiny_processor
 

@@ -1,7 +1,6 @@
 "What pip installs: the lists of files, and that an installed package stands without its repository."
 import os, shutil, subprocess, sys, sysconfig, tarfile, zipfile
 from importlib.metadata import packages_distributions
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement

@@ -7,7 +7,7 @@ __all__ = ['load_vlm', 'load_processor', 'chat_prompt', 'opened', 'prompt_ids', 
            'vision_tower', 'same_tower']
 
 # %% ../nbs/02_models.ipynb #ffc2d80f
-import contextlib, os, re
+import contextlib, re
 from pathlib import Path
 from .core import TitaError
 

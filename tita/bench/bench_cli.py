@@ -12,7 +12,7 @@ __all__ = ['WORLD_KINDS', 'MONTHS', 'world_questions', 'digit_questions', 'text_
 import json, os, random, sys
 from pathlib import Path
 import typer
-from ..core import TitaError, cli, commands, option, image_path, read_jsonl, seed_for, write_text
+from ..core import TitaError, cli, commands, option, image_path, seed_for, write_text
 
 # %% ../../nbs/bench/75_bench_cli.ipynb #48c4bd4c
 WORLD_KINDS = "pope_random", "color", "text", "pope_adversarial", "count", "number"

@@ -15,7 +15,7 @@ from itertools import cycle
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 from ..core import TitaError
-from ..show.plots import GREY, RULE, Picture, fit, panels, styled
+from ..show.plots import RULE, Picture, fit, panels, styled
 from .scores import main_rows
 
 # %% ../../nbs/bench/73_bench_figures.ipynb #1aa05f13

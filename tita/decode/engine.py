@@ -10,7 +10,6 @@ import copy, hashlib, math, os, time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 import torch
 import torch.nn.functional as F

@@ -8,7 +8,7 @@ __all__ = ['TRAININGS', 'USAGE', 'USUAL', 'V1', 'training_rows', 'check_row_imag
            'load_parts', 'whole', 'run', 'main']
 
 # %% ../../nbs/train/55_recipes.ipynb #bf76b496
-import contextlib, dataclasses, difflib, json, os, sys, time
+import contextlib, difflib, json, os, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..core import TitaError, cli, image_path, open_image, read_jsonl, seed_for
