@@ -1,7 +1,6 @@
-"Whatever a reader may copy from the documents: the commands exist, and so do their options and the files of the repository that they name."
-import importlib, json, re, shlex
+"Commands that a reader may copy from the documents exist, with their options and the files that they name."
+import importlib, re, shlex
 from functools import cache
-from pathlib import Path
 
 import pytest
 import typer
@@ -105,12 +104,15 @@ def test_documented_command(command):
     if is_tita((None, command)):
         check_tita(command)
 
-@pytest.mark.parametrize("command", ["tita-ask a.jpg b --banana", "tita-bench fly", "tita-data pairs --nothing 1", "tita-train dpo --no_such_field 3"])
+WRONG = ["tita-ask a.jpg b --banana", "tita-bench fly", "tita-data pairs --nothing 1", "tita-train dpo --no_such_field 3"]
+INCOMPLETE = ["tita-data pairs a.jsonl --out b", "tita-data pairs --images c --out b", "tita-bench run --out a"]
+
+@pytest.mark.parametrize("command", WRONG)
 def test_wrong_commands_are_seen(command):
     with pytest.raises(AssertionError, match="has no"):
         check_tita(command)
 
-@pytest.mark.parametrize("command", ["tita-data pairs a.jsonl --out b", "tita-data pairs --images c --out b", "tita-bench run --out a"])
+@pytest.mark.parametrize("command", INCOMPLETE)
 def test_incomplete_commands_are_seen(command):
     with pytest.raises(AssertionError, match="needs"):
         check_tita(command)
