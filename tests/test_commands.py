@@ -104,7 +104,7 @@ def test_documented_command(command):
     if is_tita((None, command)):
         check_tita(command)
 
-WRONG = ["tita-ask a.jpg b --banana", "tita-bench fly", "tita-data pairs --nothing 1", "tita-train dpo --no_such_field 3"]
+WRONG = ["tita-ask a.jpg b --fly", "tita-bench fly", "tita-data pairs --nothing 1", "tita-train dpo --no_such_field 3"]
 INCOMPLETE = ["tita-data pairs a.jsonl --out b", "tita-data pairs --images c --out b", "tita-bench run --out a"]
 
 @pytest.mark.parametrize("command", WRONG)
