@@ -150,6 +150,7 @@ def public(module):
     return next(map(ast.literal_eval, listed), [])
 
 SHARED = {
+    "app",   # a command line's typer app
     "main"}  # what the console scripts start, one for each command
 
 def test_names_are_unique():
