@@ -10,7 +10,9 @@ Everything that is trained is kept in runs/study_world/ (--runs): killed and sta
 data/world lacks gets models of its own first. What is compared is explained in nbs/studies/86_rivals.ipynb.
 """
 import argparse, copy, json, os
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
@@ -18,9 +20,9 @@ from tita.core import TitaError, cli, progress, run_info, set_seed, write_json, 
 from tita.eval.metrics import METRICS, bootstrap, verdict_of
 from tita.models import load_vlm
 from tita.studies import rivals
-from tita.studies.own_reward import own_reward, teacher_answers
+from tita.studies.own_reward import ALIKE, own_reward, shared_mass, teacher_answers
 from tita.studies.rivals import System
-from tita.studies.stages import dpo_settings, further_rows, preference_pairs, probe_rows
+from tita.studies.stages import Asker, dpo_settings, further_rows, preference_pairs, probe_rows
 from tita.train.recipes import train_dpo
 from tita.world.embedded import make_scenes, narrow_reward, tiny_processor, world_folder
 
@@ -64,27 +66,34 @@ def lora():
     from peft import LoraConfig
     return LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
 
-def models_of(seed: int, runs: Path, scenes: int) -> dict: # name -> model
+RIVALS = "sft", "base_dpo", "base_lora", "weak"
+
+def models_of(seed: int, args) -> dict: # name -> model
     "All models of a seed but the foreign reward."
-    world, out = world_of(seed, runs), runs/f"seed{seed}"
+    world, out = world_of(seed, args.runs), args.runs/f"seed{seed}"
     base, before = (load_vlm(world/name, device="cpu") for name in ("base", "reward"))
     set_seed(seed)
     images = out/"images"
-    pairs = pairs_of(before, out, images, seed, scenes)
+    pairs = pairs_of(before, out, images, seed, args.pairs)
     dpo = partial(trained, pairs=pairs, images=images, seed=seed)
     models = dict(base=base, before=before, after=dpo(before, out=out/"after"))
-    models["sft"] = dpo(before, out=out/"sft", loss_type=["sft"])
-    models["base_dpo"] = dpo(base, out=out/"base_dpo")
-    adapter = dpo(base, out=out/"base_lora", peft_config=lora(), learning_rate=1e-3)
-    models["base_lora"] = adapter.merge_and_unload() if hasattr(adapter, "merge_and_unload") else adapter
-    weak = weak_reward(base, out/"weak", images, seed, scenes // 3)
-    return models | dict(zip(("weak_before", "weak_after"), weak))
+    if "sft" in args.rivals:
+        models["sft"] = dpo(before, out=out/"sft", loss_type=["sft"])
+    if "base_dpo" in args.rivals:
+        models["base_dpo"] = dpo(base, out=out/"base_dpo")
+    if "base_lora" in args.rivals:
+        adapter = dpo(base, out=out/"base_lora", peft_config=lora(), learning_rate=1e-3)
+        models["base_lora"] = adapter.merge_and_unload() if hasattr(adapter, "merge_and_unload") else adapter
+    if "weak" in args.rivals:
+        weak = weak_reward(base, out/"weak", images, seed, args.pairs // 3)
+        models |= dict(zip(("weak_before", "weak_after"), weak))
+    return models
 
-def with_foreign(seed: int, runs: Path, scenes: int) -> dict:
-    "A seed's models, and the reward that was made for another base."
-    models, other = models_of(seed, runs, scenes), (seed + 1) % 3
-    models["foreign_before"] = load_vlm(world_of(other, runs)/"reward", device="cpu")
-    models["foreign_after"] = load_vlm(runs/f"seed{other}"/"after", device="cpu")
+def with_foreign(seed: int, args) -> dict:
+    "A seed's models, the reward that was made for another base, and bases that see nothing."
+    models, other = models_of(seed, args), 0 if seed else 1
+    models["foreign_before"] = load_vlm(world_of(other, args.runs)/"reward", device="cpu")
+    models["foreign_after"] = load_vlm(args.runs/f"seed{other}"/"after", device="cpu")
     pictures = [s.image for s in make_scenes(50, seed, "valid")]
     return models | dict(no_image=rivals.blinded(models["base"]), mean_image=rivals.blinded(models["base"], pictures))
 
@@ -98,6 +107,7 @@ def mean(lam: float) -> dict:
 
 OURS = [ratio(lam, **limits) for limits in ({}, dict(bound=1.)) for lam in (.5, 1., 2.)]
 OURS += [ratio(1., bound=1., gate=f"agreement:{t}") for t in (.3, .5, .8)] + [mean(lam) for lam in (.2, .3, .5)]
+DOUBTED = [ratio(1.), *OURS[-6:-3], mean(.3)] # with a weak or foreign reward
 STRENGTHS = .25, .5, 1.
 
 def aligned(settings: dict, kind: str = "") -> System:
@@ -125,36 +135,49 @@ def gated(settings: dict) -> dict:
 def frozen_systems(chosen: dict) -> dict:
     "All systems, with the settings that were chosen."
     ours = chosen["aligned"]["settings"]
-    guided = {k: System(**chosen[k]) for k in CANDIDATES}
+    guided = {k: System(**chosen[k]) for k in CANDIDATES if k in chosen}
     other = {f"{kind}{name}": aligned(how, f"{kind}_") for kind in ("weak", "foreign")
              for name, how in (("", ours), ("_gated", gated(ours)))}
     return FIXED | guided | other
+
+def in_parallel(work, args) -> dict: # seed -> what `work` gives
+    "Seeds side by side, each in a process of its own with one thread."
+    with ProcessPoolExecutor(len(args.seed), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return dict(zip(args.seed, pool.map(partial(work, args=args), args.seed)))
 
 # Validation
 
 def key(s: System) -> str:
     return json.dumps(vars(s))
 
-def validated(seed: int, args) -> tuple: # setting -> counts, setting -> cost
+def alike(seed: int, models: dict, args) -> dict: # whose reward -> shared probability
+    "How far each reward, before DPO, agrees with the base on validation images: what the gate is set by."
+    out, unseen = args.runs/f"seed{seed}", make_scenes(60, 2000 + seed, "valid")
+    ask = Asker(models["base"], tiny_processor(), out/"images", out, seed)
+    said = ask(probe_rows(unseen, out/"images", "agreement", seed=seed), "agreement", "clean", max_new_tokens=64)
+    kinds = [kind for kind in ("before", "weak_before", "foreign_before") if kind in models]
+    return {k: shared_mass(models["base"], models[k], tiny_processor(), said, out/"images") for k in kinds}
+
+def validated(seed: int, args) -> tuple: # setting -> counts, setting -> cost, shared probabilities
     "Everything that can be chosen, on validation scenes of one seed."
-    models = with_foreign(seed, args.runs, args.pairs)
+    models = with_foreign(seed, args)
     bench = rivals.Bench(models, make_scenes(args.valid, 2000 + seed, "valid"), args.valid)
     tried = [*FIXED.values(), *(s for of in CANDIDATES.values() for s in of)]
-    tried += [aligned(how, kind) for kind in ("weak_", "foreign_") for how in OURS]
-    found, cost = {}, {}
+    tried += [aligned(how, kind) for kind in ("weak_", "foreign_") for how in DOUBTED]
+    tried, found, cost = [s for s in tried if s.known_to(models)], {}, {}
     for s in progress(tried, desc=f"seed {seed}", unit="setting"):
         found[key(s)], cost[key(s)] = rivals.measure(bench, s)
     for how in BEST_OF:
         found[json.dumps(how)], cost[json.dumps(how)] = rivals.best_of(bench, **how)
-    return found, cost
+    return found, cost, alike(seed, models, args)
 
 def judged(found: dict) -> dict: # setting -> gain (mean over seeds), harms and gains after Holm, cells by seed
     "What each setting brings over the base."
     base = key(FIXED["base"])
     by_seed = {seed: bootstrap(counts, base, n=1000)["systems"] for seed, counts in found.items()}
     rows = {}
-    for k in next(iter(by_seed.values())):
-        cells = {seed: systems[k] for seed, systems in by_seed.items()}
+    for k in {k: 0 for systems in by_seed.values() for k in systems}:
+        cells = {seed: systems[k] for seed, systems in by_seed.items() if k in systems}
         gain = sum(map(rivals.gain_of, cells.values())) / len(cells)
         rows[k] = dict(gain=gain, cells=cells) | rivals.harms_and_gains(cells)
     return rows
@@ -171,10 +194,8 @@ def best(keys: list, rows: dict, cost: dict) -> str:
 
 def label(how: dict) -> str:
     "Settings for a reader."
-    parts = [how.get("form", ""), f"λ {how['lam']:g}" if "lam" in how else ""]
-    parts += [f"bound {how['bound']:g}"] * ("bound" in how) + [f"gate {how.get('gate')}"] * ("gate" in how)
-    parts += [f"n {how.get('n')}, temperature {how.get('temperature')}"] * ("n" in how)
-    return ", ".join(p for p in parts if p)
+    names = dict(form="", lam="λ ", bound="bound ", gate="gate ", n="n ", temperature="temperature ")
+    return ", ".join(f"{said}{how[name]}" for name, said in names.items() if name in how)
 
 def line(cells) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
@@ -207,41 +228,49 @@ CHOICE = """\
 
 Made by `python scripts/study_world.py choose` on {valid} validation scenes of each of the seeds {seeds}; pairs come \
 from {pairs} unlabelled scenes. Points of change from the large model, means over seeds. Gain: the mean of POPE, \
-precision of captions (CHAIR_i) and the other accuracies. Better and worse: how many of all metrics of all seeds differ \
-from the large model after Holm's correction over the setting's whole family. Chosen (bold) is, of the settings with \
-the fewest harms, the cheapest one whose gain is within {close} points of the best.
+precision of captions (CHAIR_i) and the other accuracies. Better and worse: how many of all metrics of all seeds \
+differ from the large model after Holm's correction over the setting's whole family. Chosen (bold) is, of the settings \
+with the fewest harms, the cheapest one whose gain is within {close} points of the best.
 
 {table}
+
+How much probability each reward, before DPO, shares with the base on validation images (`own_reward.gate_for` leaves \
+the gate open from {open} on): {masses}.
 
 Commit {commit:.12}, {cpus} cores of {system}.
 """
 
 def choose(args):
     "Settings for everything, and a table of what was tried."
-    measured = {seed: validated(seed, args) for seed in args.seed}
-    rows, cost = judged({s: found for s, (found, _) in measured.items()}), measured[args.seed[0]][1]
-    chosen = {name: best([key(s) for s in of], rows, cost) for name, of in CANDIDATES.items()}
+    measured = in_parallel(validated, args)
+    rows = judged({seed: found for seed, (found, *_) in measured.items()})
+    cost = {k: c for _, costs, _ in measured.values() for k, c in costs.items()}
+    tried = {name: [k for s in of if (k := key(s)) in rows] for name, of in CANDIDATES.items()}
+    chosen = {name: best(keys, rows, cost) for name, keys in tried.items() if keys}
     chosen["best_of"] = best([json.dumps(how) for how in BEST_OF], rows, cost)
-    run = run_info()
+    run, masses = run_info(), {seed: shared for seed, (*_, shared) in measured.items()}
+    shares = [f"seed {s} " + ", ".join(f"{k} {v:.2f}" for k, v in of.items()) for s, of in masses.items()]
     told = {k: dict(setting=json.loads(k), cost=cost[k], **v) for k, v in rows.items()}
     write_json(args.out/"choose_default.json", dict(
         chosen={name: json.loads(k) for name, k in chosen.items()}, valid=args.valid, seeds=args.seed, pairs=args.pairs,
-        settings=list(told.values()), run=run))
+        shared=masses, settings=list(told.values()), run=run))
     print(write_text(args.out/"choose_default.md", CHOICE.format(
         valid=args.valid, seeds=", ".join(map(str, args.seed)), pairs=args.pairs, close=CLOSE,
+        open=ALIKE, masses="; ".join(shares),
         table=chosen_table(rows, cost, set(chosen.values())), **run | dict(commit=run["commit"] or "unknown"))))
 
 # Test
 
-def tested(seed: int, chosen: dict, args) -> dict: # systems -> cells; cost
+def tested(seed: int, args, chosen: dict) -> dict: # systems -> cells; cost
     "All systems on the test scenes of one seed; what is there is not measured again."
     path = args.runs/f"seed{seed}"/f"test_{args.scenes}.json"
     if path.exists():
         return json.loads(path.read_text())
-    models = with_foreign(seed, args.runs, args.pairs)
+    models = with_foreign(seed, args)
     bench = rivals.Bench(models, make_scenes(args.scenes, seed, "test"), args.scenes)
     found, cost = {}, {}
-    for name, s in progress(frozen_systems(chosen).items(), desc=f"seed {seed}", unit="system"):
+    systems = {name: s for name, s in frozen_systems(chosen).items() if s.known_to(models)}
+    for name, s in progress(systems.items(), desc=f"seed {seed}", unit="system"):
         found[name], cost[name] = rivals.measure(bench, s)
     found["best_of"], cost["best_of"] = rivals.best_of(bench, **chosen["best_of"])
     told = dict(systems=bootstrap(found, "base")["systems"], against={
@@ -263,12 +292,14 @@ def summed_up(found: dict) -> dict:
     "system -> metric -> mean over seeds of value and change, with the interval over seeds; harms and gains after Holm."
     out = {}
     for name in TITLES:
-        cells = {seed: told["systems"][name] for seed, told in found.items()}
+        cells = {seed: told["systems"][name] for seed, told in found.items() if name in told["systems"]}
+        if not cells:
+            continue
         told = {}
         for m in next(iter(cells.values())):
             value = sum(c[m]["value"] for c in cells.values()) / len(cells)
             told[m] = dict(value=value, change=rivals.over_seeds([c[m]["delta"] for c in cells.values()]))
-        out[name] = dict(metrics=told) | rivals.harms_and_gains(cells)
+        out[name] = dict(metrics=told, seeds=len(cells)) | rivals.harms_and_gains(cells)
     return out
 
 def mean_cell(row: dict, metric: str, is_base: bool) -> str:
@@ -280,13 +311,14 @@ def mean_cell(row: dict, metric: str, is_base: bool) -> str:
 def first_table(summed: dict, found: dict) -> str:
     "What a reader takes in at a glance."
     shown = "chair_i", "pope_adversarial_accuracy", "color_accuracy", "text_accuracy"
-    base = next(iter(found.values()))["cost"]["base"]["tokens_per_second"]
     rows = []
     for name, row in summed.items():
-        cost = next(iter(found.values()))["cost"][name]
-        pace = f"{cost['tokens_per_second'] / base:.2f}"
+        costs = [told["cost"] for told in found.values() if name in told["cost"]]
+        pace = sum(c[name]["tokens_per_second"] / c["base"]["tokens_per_second"] for c in costs) / len(costs)
         cells = [mean_cell(row, m, name == "base") for m in shown]
-        rows.append([TITLES[name], *cells, len(row["better"]), len(row["worse"]), cost["forwards"], pace])
+        title = TITLES[name] + f" ({row['seeds']} of {len(found)} seeds)" * (row["seeds"] < len(found))
+        counts = len(row["better"]), len(row["worse"]), costs[0][name]["forwards"]
+        rows.append([title, *cells, *counts, f"{pace:.2f}"])
     return table(["", "CHAIR_i ↓", "POPE adv. ↑", "colour ↑", "text ↑", "better", "worse", "forwards", "speed"], rows)
 
 def seed_table(seed, told: dict) -> str:
@@ -302,8 +334,8 @@ def against_table(found: dict) -> str:
     "The default against each rival, on all seeds together."
     metrics = [m for m in SHOWN if m != "pope_random_accuracy"]
     rows = []
-    for name in next(iter(found.values()))["against"]:
-        cells = {seed: told["against"][name] for seed, told in found.items()}
+    for name in {name: 0 for told in found.values() for name in told["against"]}:
+        cells = {seed: told["against"][name] for seed, told in found.items() if name in told["against"]}
         of = rivals.harms_and_gains(cells)
         changes = [f"{sum(c[m]['delta'] for c in cells.values()) / len(cells):+.1f}" for m in metrics]
         rows.append([TITLES[name], *changes, len(of["better"]), len(of["worse"])])
@@ -346,17 +378,18 @@ def interval(mean, low, high) -> list:
 def test(args):
     "The frozen settings on test scenes."
     frozen = json.loads((args.out/"choose_default.json").read_text())
-    found = {seed: tested(seed, frozen["chosen"], args) for seed in args.seed}
+    found = in_parallel(partial(tested, chosen=frozen["chosen"]), args)
     fresh = [seed for seed in args.seed if seed not in frozen["seeds"]]
     summed, run = summed_up(found), run_info()
-    write_json(args.out/"study_world.json", dict(
-        chosen=frozen["chosen"], scenes=args.scenes, pairs=args.pairs, fresh=fresh, summed=summed, seeds=found, run=run))
+    made = dict(chosen=frozen["chosen"], scenes=args.scenes, pairs=args.pairs, fresh=fresh)
+    write_json(args.out/"study_world.json", made | dict(summed=summed, seeds=found, run=run))
     changes = {METRICS[m].title: c["change"] for m, c in summed["aligned"]["metrics"].items()}
     over = table(["", "mean", "interval over seeds"], [[name, *interval(*change)] for name, change in changes.items()])
     told = f" (nothing of {', '.join(map(str, fresh))} was measured when settings were chosen)" if fresh else ""
     print(write_text(args.out/"study_world.md", RESULT.format(
-        scenes=args.scenes, seeds=", ".join(map(str, args.seed)), fresh=told, first=first_table(summed, found), n=len(found),
-        against=against_table(found), over=over, each="\n\n".join(seed_table(s, t) for s, t in found.items()),
+        scenes=args.scenes, seeds=", ".join(map(str, args.seed)), fresh=told, n=len(found),
+        first=first_table(summed, found), against=against_table(found), over=over,
+        each="\n\n".join(seed_table(s, t) for s, t in found.items()),
         **run | dict(commit=run["commit"] or "unknown"))))
 
 @cli
@@ -365,6 +398,7 @@ def main():
     p.add_argument("what", choices=["train", "choose", "test"])
     p.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2])
     p.add_argument("--pairs", type=int, default=1000, help="unlabelled scenes for preference pairs")
+    p.add_argument("--rivals", nargs="*", default=RIVALS, help="what is trained beside the reward")
     p.add_argument("--valid", type=int, default=400, help="validation scenes of a seed")
     p.add_argument("--scenes", type=int, default=1500, help="test scenes of a seed")
     p.add_argument("--runs", type=Path, default=ROOT/"runs"/"study_world")
@@ -373,7 +407,7 @@ def main():
     torch.set_num_threads(1)
     if args.what == "train":
         for seed in args.seed:
-            models_of(seed, args.runs, args.pairs)
+            models_of(seed, args)
     elif args.what == "choose":
         choose(args)
     else:

@@ -35,9 +35,10 @@ class System:
         "Models, or views of one, that run for a token."
         return len({self.writes, self.reward, self.reference} - {""})
 
-    @property
-    def names(self) -> list[str]:
-        return [name for name in (self.writes, self.reward, self.reference) if name]
+    def known_to(self, models) -> bool:
+        "Are all its models among these?"
+        names = {name.partition("@")[0] for name in (self.writes, self.reward, self.reference)}
+        return names - {""} <= set(models)
 
 # %% ../../nbs/studies/86_rivals.ipynb #85a0000a
 @torch.no_grad()
