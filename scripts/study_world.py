@@ -377,7 +377,10 @@ def interval(mean, low, high) -> list:
 
 def test(args):
     "The frozen settings on test scenes."
-    frozen = json.loads((args.out/"choose_default.json").read_text())
+    path = args.out/"choose_default.json"
+    if not path.exists():
+        raise TitaError(f"{path}: no settings to test; `python scripts/study_world.py choose` makes them")
+    frozen = json.loads(path.read_text())
     found = in_parallel(partial(tested, chosen=frozen["chosen"]), args)
     fresh = [seed for seed in args.seed if seed not in frozen["seeds"]]
     summed, run = summed_up(found), run_info()

@@ -93,7 +93,7 @@ def accuracies(
     for i, (kind, scene) in enumerate(names):
         metric = "text_accuracy" if kind in ("text", "number") else f"{kind}_accuracy"
         rows.setdefault(metric, []).append((right[i], scene))
-        if kind == "pope_adversarial":
+        if kind.startswith("pope"):
             rows.setdefault("yes_ratio", []).append((said[i, 0].item() == yes, scene))
     return {k: per_scene([r for r, _ in v], np.ones(len(v)), [s for _, s in v], n) for k, v in rows.items()}
 
@@ -164,6 +164,7 @@ def best_of(
     picked = [out[i * n + int(np.argmax(v))] for i, v in enumerate(values)]
     pace = sum(len(o.tokens) for o in picked) / (time.process_time() - start)
     told = score([r | dict(answer=o.text) for r, o in zip(rows, picked)], bench.find, n=len(bench.scenes))
+    told = {m: v for m, v in told.items() if not m.endswith("_f1") and m not in ("sign_accuracy", "number_accuracy")}
     return told, dict(forwards=3 * n, tokens_per_second=round(pace))
 
 # %% ../../nbs/studies/86_rivals.ipynb #85a00019
