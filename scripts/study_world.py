@@ -159,7 +159,10 @@ def alike(seed: int, models: dict, args) -> dict: # whose reward -> shared proba
     return {k: shared_mass(models["base"], models[k], tiny_processor(), said, out/"images") for k in kinds}
 
 def validated(seed: int, args) -> tuple: # setting -> counts, setting -> cost, shared probabilities
-    "Everything that can be chosen, on validation scenes of one seed."
+    "Everything that can be chosen, on validation scenes of one seed; what is there is not measured again."
+    path = args.runs/f"seed{seed}"/f"valid_{args.valid}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=False)
     models = with_foreign(seed, args)
     bench = rivals.Bench(models, make_scenes(args.valid, 2000 + seed, "valid"), args.valid)
     tried = [*FIXED.values(), *(s for of in CANDIDATES.values() for s in of)]
@@ -169,7 +172,9 @@ def validated(seed: int, args) -> tuple: # setting -> counts, setting -> cost, s
         found[key(s)], cost[key(s)] = rivals.measure(bench, s)
     for how in BEST_OF:
         found[json.dumps(how)], cost[json.dumps(how)] = rivals.best_of(bench, **how)
-    return found, cost, alike(seed, models, args)
+    measured = found, cost, alike(seed, models, args)
+    torch.save(measured, path)
+    return measured
 
 def judged(found: dict) -> dict: # setting -> gain (mean over seeds), harms and gains after Holm, cells by seed
     "What each setting brings over the base."
