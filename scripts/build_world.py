@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train the models of the embedded world and save them to data/world (see nbs/studies/80_world_models.ipynb).
+"""Train the models of the embedded world and save them to data/world (see nbs/studies/85_world_models.ipynb).
 
     python scripts/build_world.py                 seeds 0, 1 and 2, one after the other
     python scripts/build_world.py --seed 1        one of them

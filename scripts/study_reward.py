@@ -16,14 +16,13 @@ from tita.decode.decoder import AlignedDecoder
 from tita.eval.evaluation import evaluate, scene_questions
 from tita.data.answers import generate_answers
 from tita.eval.metrics import bootstrap, score
-from tita.models import load_vlm
-from tita.studies.stages import probe_rows
+from tita.studies.own_reward import own_reward, teacher_answers
+from tita.studies.stages import further_rows, probe_rows
 from tita.show.plots import count_text
 from tita.show.report import results_table
 from tita.studies.reward_study import baseline_sets, draw_grid, grid_cell, own_measures, score_answers, steered
 from tita.studies.reward_study import train_baselines
-from tita.world.embedded import ASK, OBJECTS, load_models, make_scenes, tiny_model
-from tita.studies.world_models import distill, save_model
+from tita.world.embedded import ASK, OBJECTS, load_models, make_scenes, narrow_reward
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = "caption", "pope_random", "pope_popular", "pope_adversarial"
@@ -76,13 +75,12 @@ def baselines(s: Study) -> dict:
 
 def sizes(s: Study) -> dict:
     "Rewards of three sizes: a smaller one distilled here, the committed one, and a copy of the base."
-    folder, small = s.runs/"small", tiny_model(32, 1, seed=s.args.seed + 70)
-    if not (folder/"distill.json").exists():
-        small.model.vision_tower.load_state_dict(s.base.model.vision_tower.state_dict())
-        told = distill(s.base, small, s.args.seed, steps=s.args.distill_steps, scenes=s.args.distill_scenes, gate=9.)
-        save_model(small.eval(), folder, s.runs/"tower.safetensors")
-        write_json(folder/"distill.json", told)
-    return dict(small=load_vlm(folder, device="cpu"), medium=s.reward, large=copy.deepcopy(s.base))
+    folder, small = s.runs/"small", narrow_reward(s.base, s.args.seed + 20, hidden=32, layers=1)
+    shown = make_scenes(s.args.distill_scenes, s.args.seed + 1000, "train")
+    asked = probe_rows(shown, s.images, "teach", seed=s.args.seed)
+    said = teacher_answers(s.base, s.processor, asked, s.images, folder, further_rows, s.args.seed)
+    small, _ = own_reward(s.base, small, s.processor, said, s.images, folder/"before", s.args.distill_steps)
+    return dict(small=small, medium=s.reward, large=copy.deepcopy(s.base))
 
 def captions_of(s: Study) -> tuple: # rows with image, prompt and answer; what is in each image
     "What the base says of validation scenes: the token rewards should see what it invents."

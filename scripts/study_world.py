@@ -1,64 +1,425 @@
 #!/usr/bin/env python3
-"""The demo on three independently trained sets of models, 1,500 test scenes each: what the README reports.
+"""Is the large model, aligned, better than its base, than the small model, and than what people use instead?
 
-    python scripts/study_world.py                  runs nbs/runs/demo.ipynb for seeds 0, 1, 2 in runs/study_world/,
-                                                   writes results/
-    python scripts/study_world.py --seed 0 --scenes 600 --name greedy_pairs -p samples 0 -p beta 0.1
-                                                   a variant: SeVa's greedy pairs; other parameters likewise
+    python scripts/study_world.py choose     seeds 0, 1 and 2: trains what is compared, tunes every knob on validation
+                                             scenes, writes results/choose_default.{json,md}: the settings
+    python scripts/study_world.py test       the same seeds and fresh ones (--seed) with these settings on test scenes,
+                                             writes results/study_world.{json,md}
 
-A seed that is there is not run again: killed and started again, it goes on.
+Everything that is trained is kept in runs/study_world/ (--runs): killed and started again, it goes on. A seed that
+data/world lacks gets models of its own first. What is compared is explained in nbs/studies/86_rivals.ipynb.
 """
-import argparse, json, subprocess, sys
+import argparse, copy, json, os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from tita.core import TitaError, cli, write_json, write_text
-from tita.eval.metrics import METRICS
-from tita.show.report import SYSTEMS, results_table
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import torch
+from tita.core import TitaError, cli, progress, run_info, set_seed, write_json, write_text
+from tita.eval.metrics import METRICS, bootstrap, verdict_of
+from tita.models import load_vlm
+from tita.studies import rivals
+from tita.studies.own_reward import ALIKE, own_reward, shared_mass, teacher_answers
+from tita.studies.rivals import System
+from tita.studies.stages import Asker, dpo_settings, further_rows, preference_pairs, probe_rows
+from tita.train.recipes import train_dpo
+from tita.world.embedded import make_scenes, narrow_reward, tiny_processor, world_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = [m for m in METRICS if m not in ("sign_accuracy", "number_accuracy")]
 
-def run_seed(seed: int, scenes: int, runs: Path, given: list) -> dict:
-    "One seed's metrics.json."
-    out = runs/f"seed{seed}"
-    parameters = [("out", out), ("seed", seed), ("test_scenes", scenes), *given]
-    flags = [str(word) for name, value in parameters for word in ("-p", name, value)]
-    command = [sys.executable, "scripts/run_notebook.py", "nbs/runs/demo.ipynb", str(out/"demo.ipynb"), *flags]
-    if not (out/"report.html").exists() and subprocess.run(command, cwd=ROOT).returncode:
-        raise TitaError(f"seed {seed} failed, see {out}; run the same command again to go on")
-    return json.loads((out/"metrics.json").read_text())
+# What is trained for a seed
 
-MADE = """\
-Made by `python scripts/study_world.py` on {cpus} CPU cores ({system}), commit {commit:.12}. Percent; in brackets the \
-paired 95% bootstrap interval of the difference from the large model (for the stronger ones from the stronger model)."""
-SEED = """\
-λ = {lam:g} ({strong_lam:g} for bounded guidance of the stronger model), chosen on {valid} validation scenes; {pairs} \
-pairs from {probe} unlabelled scenes; {test} test scenes."""
+def world_of(seed: int, runs: Path) -> Path:
+    "The folder of a seed's base and reward, made if it is not there."
+    for worlds in (world_folder(), runs/"worlds"):
+        if (worlds/f"seed{seed}"/"reward"/"config.json").exists():
+            return worlds/f"seed{seed}"
+    from tita.studies.world_models import build
+    build(seed, runs/"worlds")
+    return runs/"worlds"/f"seed{seed}"
 
-def tables(found: dict) -> str:
-    "Markdown: a table a seed, and the verdicts of the default form over seeds."
-    titles = {k: v[0] for k, v in SYSTEMS.items()}
-    parts = []
-    for seed, m in found.items():
-        about = SEED.format(lam=m["lam"], strong_lam=m["strong_lam"], pairs=m["pairs"]["pairs"], **m["scenes"])
-        parts += [f"## Seed {seed}", about, results_table(m, SHOWN, titles=titles)]
-    run = next(iter(found.values()))["run"]
-    made = MADE.format(cpus=run["cpus"], system=run["system"], commit=run["commit"] or "unknown")
-    return "\n\n".join(["# The main job on independently trained sets of models", made, *parts]) + "\n"
+def trained(model, pairs, out: Path, images: Path, seed: int, **more):
+    "DPO as in the demo; what is there is loaded."
+    if (out/"metrics.json").exists() and "peft_config" not in more:
+        return load_vlm(out, device="cpu")
+    config = dpo_settings(len(pairs), seed=seed) | more
+    model, _ = train_dpo(copy.deepcopy(model), tiny_processor(), pairs, images, out, resume=True, **config)
+    return model.eval()
+
+def pairs_of(model, out: Path, images: Path, seed: int, scenes: int) -> list:
+    "Preference pairs from a reward's own answers to unlabelled scenes."
+    probe = probe_rows(make_scenes(scenes, seed, "train"), images, seed=seed)
+    made = partial(preference_pairs, model, tiny_processor(), probe, images, out, seed=seed, further=further_rows)
+    return made()[0]
+
+def weak_reward(base, out: Path, images: Path, seed: int, scenes: int):
+    "A student that hardly learned, before and after DPO on pairs of its own."
+    probe = probe_rows(make_scenes(scenes, seed, "train"), images, seed=seed)
+    said = teacher_answers(base, tiny_processor(), probe, images, out, further_rows, seed)
+    student = narrow_reward(base, seed, layers=1)
+    before, _ = own_reward(base, student, tiny_processor(), said, images, out/"before", steps=300)
+    pairs = pairs_of(before, out, images, seed, scenes)
+    return before, trained(before, pairs, out/"after", images, seed)
+
+def lora():
+    from peft import LoraConfig
+    return LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
+
+RIVALS = "sft", "base_dpo", "base_lora", "weak"
+
+def models_of(seed: int, args) -> dict: # name -> model
+    "All models of a seed but the foreign reward."
+    world, out = world_of(seed, args.runs), args.runs/f"seed{seed}"
+    base, before = (load_vlm(world/name, device="cpu") for name in ("base", "reward"))
+    set_seed(seed)
+    images = out/"images"
+    pairs = pairs_of(before, out, images, seed, args.pairs)
+    dpo = partial(trained, pairs=pairs, images=images, seed=seed)
+    models = dict(base=base, before=before, after=dpo(before, out=out/"after"))
+    if "sft" in args.rivals:
+        models["sft"] = dpo(before, out=out/"sft", loss_type=["sft"])
+    if "base_dpo" in args.rivals:
+        models["base_dpo"] = dpo(base, out=out/"base_dpo")
+    if "base_lora" in args.rivals:
+        adapter = dpo(base, out=out/"base_lora", peft_config=lora(), learning_rate=1e-3)
+        models["base_lora"] = adapter.merge_and_unload() if hasattr(adapter, "merge_and_unload") else adapter
+    if "weak" in args.rivals:
+        weak = weak_reward(base, out/"weak", images, seed, args.pairs // 3)
+        models |= dict(zip(("weak_before", "weak_after"), weak))
+    return models
+
+def with_foreign(seed: int, args) -> dict:
+    "A seed's models, the reward that was made for another base, and bases that see nothing."
+    models, other = models_of(seed, args), 0 if seed else 1
+    models["foreign_before"] = load_vlm(world_of(other, args.runs)/"reward", device="cpu")
+    models["foreign_after"] = load_vlm(args.runs/f"seed{other}"/"after", device="cpu")
+    pictures = [s.image for s in make_scenes(50, seed, "valid")]
+    return models | dict(no_image=rivals.blinded(models["base"]), mean_image=rivals.blinded(models["base"], pictures))
+
+# What is compared, and the knobs of each
+
+def ratio(lam: float, **limits) -> dict:
+    return dict(form="ratio", lam=lam, **limits)
+
+def mean(lam: float) -> dict:
+    return dict(form="interpolate", lam=lam)
+
+OURS = [ratio(lam, **limits) for limits in ({}, dict(bound=1.)) for lam in (.5, 1., 2.)]
+OURS += [ratio(1., bound=1., gate=f"agreement:{t}") for t in (.3, .5, .8)] + [mean(lam) for lam in (.2, .3, .5)]
+DOUBTED = [ratio(1.), *OURS[-6:-3], mean(.3)] # with a weak or foreign reward
+STRENGTHS = .25, .5, 1.
+
+def aligned(settings: dict, kind: str = "") -> System:
+    "The base, guided by a reward: its own, or `weak_`, `foreign_`."
+    reference = f"{kind}before" if settings["form"] == "ratio" else ""
+    return System("base", f"{kind}after", reference, settings)
+
+def contrasts(view: str) -> list:
+    return [System("base", "base", view, ratio(lam, plausibility=.1)) for lam in STRENGTHS]
+
+CANDIDATES = dict( # what is compared -> settings to choose from
+    aligned=[aligned(settings) for settings in OURS],
+    sft=[System("base", "sft", "before", ratio(lam, bound=1.)) for lam in (.5, 1., 2.)],
+    ensemble=[System("base", "before", "", mean(lam)) for lam in (.2, .3, .5)],
+    vcd=[s for t in (500, 800) for s in contrasts(f"base@{t}")],
+    no_image=contrasts("no_image"), mean_image=contrasts("mean_image"))
+FIXED = dict(
+    base=System("base"), before=System("before"), after=System("after"),
+    base_dpo=System("base_dpo"), base_lora=System("base_lora"))
+BEST_OF = [dict(n=4, temperature=t) for t in (.5, 1.)]
+
+def gated(settings: dict) -> dict:
+    return settings | dict(gate="agreement:0.3")
+
+def frozen_systems(chosen: dict) -> dict:
+    "All systems, with the settings that were chosen."
+    ours = chosen["aligned"]["settings"]
+    guided = {k: System(**chosen[k]) for k in CANDIDATES if k in chosen}
+    other = {f"{kind}{name}": aligned(how, f"{kind}_") for kind in ("weak", "foreign")
+             for name, how in (("", ours), ("_gated", gated(ours)))}
+    return FIXED | guided | other
+
+def in_parallel(work, args) -> dict: # seed -> what `work` gives
+    "Seeds side by side, each in a process of its own with one thread."
+    with ProcessPoolExecutor(len(args.seed), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return dict(zip(args.seed, pool.map(partial(work, args=args), args.seed)))
+
+# Validation
+
+def key(s: System) -> str:
+    return json.dumps(vars(s))
+
+def alike(seed: int, models: dict, args) -> dict: # whose reward -> shared probability
+    "How far each reward, before DPO, agrees with the base on validation images: what the gate is set by."
+    out, unseen = args.runs/f"seed{seed}", make_scenes(60, 2000 + seed, "valid")
+    ask = Asker(models["base"], tiny_processor(), out/"images", out, seed)
+    said = ask(probe_rows(unseen, out/"images", "agreement", seed=seed), "agreement", "clean", max_new_tokens=64)
+    kinds = [kind for kind in ("before", "weak_before", "foreign_before") if kind in models]
+    return {k: shared_mass(models["base"], models[k], tiny_processor(), said, out/"images") for k in kinds}
+
+def validated(seed: int, args) -> tuple: # setting -> counts, setting -> cost, shared probabilities
+    "Everything that can be chosen, on validation scenes of one seed; what is there is not measured again."
+    path = args.runs/f"seed{seed}"/f"valid_{args.valid}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=False)
+    models = with_foreign(seed, args)
+    bench = rivals.Bench(models, make_scenes(args.valid, 2000 + seed, "valid"), args.valid)
+    tried = [*FIXED.values(), *(s for of in CANDIDATES.values() for s in of)]
+    tried += [aligned(how, kind) for kind in ("weak_", "foreign_") for how in DOUBTED]
+    tried, found, cost = [s for s in tried if s.known_to(models)], {}, {}
+    for s in progress(tried, desc=f"seed {seed}", unit="setting"):
+        found[key(s)], cost[key(s)] = rivals.measure(bench, s)
+    for how in BEST_OF:
+        found[json.dumps(how)], cost[json.dumps(how)] = rivals.best_of(bench, **how)
+    measured = found, cost, alike(seed, models, args)
+    torch.save(measured, path)
+    return measured
+
+def judged(found: dict) -> dict: # setting -> gain (mean over seeds), harms and gains after Holm, cells by seed
+    "What each setting brings over the base."
+    base = key(FIXED["base"])
+    by_seed = {seed: bootstrap(counts, base, n=1000)["systems"] for seed, counts in found.items()}
+    rows = {}
+    for k in {k: 0 for systems in by_seed.values() for k in systems}:
+        cells = {seed: systems[k] for seed, systems in by_seed.items() if k in systems}
+        gain = sum(map(rivals.gain_of, cells.values())) / len(cells)
+        rows[k] = dict(gain=gain, cells=cells) | rivals.harms_and_gains(cells)
+    return rows
+
+CLOSE = .15 # points of mean gain within which the cheaper setting is taken
+
+def best(keys: list, rows: dict, cost: dict) -> str:
+    "Fewest harms first; of those whose gain is close to the best the cheapest."
+    least = min(len(rows[k]["worse"]) for k in keys)
+    keys = [k for k in keys if len(rows[k]["worse"]) == least]
+    top = max(rows[k]["gain"] for k in keys)
+    close = [k for k in keys if rows[k]["gain"] >= top - CLOSE]
+    return min(close, key=lambda k: (cost[k]["forwards"], -rows[k]["gain"]))
+
+def label(how: dict) -> str:
+    "Settings for a reader."
+    names = dict(form="", lam="λ ", bound="bound ", gate="gate ", n="n ", temperature="temperature ")
+    return ", ".join(f"{said}{how[name]}" for name, said in names.items() if name in how)
+
+def line(cells) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+def table(head: list, rows: list) -> str:
+    return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])
+
+SHOWN = dict(chair_i="CHAIR_i", pope_adversarial_accuracy="POPE adversarial", pope_random_accuracy="POPE random",
+             recall="recall", text_accuracy="text", color_accuracy="colour", count_accuracy="count")
+
+def change(row: dict, metric: str) -> str:
+    deltas = [c[metric]["delta"] for c in row["cells"].values()]
+    return f"{sum(deltas) / len(deltas):+.1f}"
+
+def chosen_table(rows: dict, cost: dict, chosen: dict) -> str:
+    "Every setting that was tried."
+    lines = []
+    for k in sorted(rows, key=lambda k: (json.loads(k).get("reward", ""), -rows[k]["gain"])):
+        s, row = json.loads(k), rows[k]
+        who = " + ".join(x for x in (s.get("writes", "best of the base's"), s.get("reward")) if x)
+        who += f" − {s['reference']}" if s.get("reference") else ""
+        mark = "**" if k in chosen else ""
+        changes = [f"{row['gain']:+.2f}", *(change(row, m) for m in SHOWN)]
+        counts = len(row["better"]), len(row["worse"]), cost[k]["forwards"]
+        lines.append([f"{mark}{who}{mark}", label(s.get("settings", s)), *changes, *counts])
+    return table(["system", "settings", "gain", *SHOWN.values(), "better", "worse", "forwards a token"], lines)
+
+CHOICE = """\
+# The settings, chosen on validation scenes
+
+Made by `python scripts/study_world.py choose` on {valid} validation scenes of each of the seeds {seeds}; pairs come \
+from {pairs} unlabelled scenes. Points of change from the large model, means over seeds. Gain: the mean of POPE, \
+precision of captions (CHAIR_i) and the other accuracies. Better and worse: how many of all metrics of all seeds \
+differ from the large model after Holm's correction over the setting's whole family. Chosen (bold) is, of the settings \
+with the fewest harms, the cheapest one whose gain is within {close} points of the best.
+
+{table}
+
+How much probability each reward, before DPO, shares with the base on validation images (`own_reward.gate_for` leaves \
+the gate open from {open} on): {masses}.
+
+Commit {commit:.12}, {cpus} cores of {system}.
+"""
+
+def choose(args):
+    "Settings for everything, and a table of what was tried."
+    measured = in_parallel(validated, args)
+    rows = judged({seed: found for seed, (found, *_) in measured.items()})
+    cost = {k: c for _, costs, _ in measured.values() for k, c in costs.items()}
+    tried = {name: [k for s in of if (k := key(s)) in rows] for name, of in CANDIDATES.items()}
+    chosen = {name: best(keys, rows, cost) for name, keys in tried.items() if keys}
+    chosen["best_of"] = best([json.dumps(how) for how in BEST_OF], rows, cost)
+    run, masses = run_info(), {seed: shared for seed, (*_, shared) in measured.items()}
+    shares = [f"seed {s} " + ", ".join(f"{k} {v:.2f}" for k, v in of.items()) for s, of in masses.items()]
+    told = {k: dict(setting=json.loads(k), cost=cost[k], **v) for k, v in rows.items()}
+    write_json(args.out/"choose_default.json", dict(
+        chosen={name: json.loads(k) for name, k in chosen.items()}, valid=args.valid, seeds=args.seed, pairs=args.pairs,
+        shared=masses, settings=list(told.values()), run=run))
+    print(write_text(args.out/"choose_default.md", CHOICE.format(
+        valid=args.valid, seeds=", ".join(map(str, args.seed)), pairs=args.pairs, close=CLOSE,
+        open=ALIKE, masses="; ".join(shares),
+        table=chosen_table(rows, cost, set(chosen.values())), **run | dict(commit=run["commit"] or "unknown"))))
+
+# Test
+
+def tested(seed: int, args, chosen: dict) -> dict: # systems -> cells; cost
+    "All systems on the test scenes of one seed; what is there is not measured again."
+    path = args.runs/f"seed{seed}"/f"test_{args.scenes}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    models = with_foreign(seed, args)
+    bench = rivals.Bench(models, make_scenes(args.scenes, seed, "test"), args.scenes)
+    found, cost = {}, {}
+    systems = {name: s for name, s in frozen_systems(chosen).items() if s.known_to(models)}
+    for name, s in progress(systems.items(), desc=f"seed {seed}", unit="system"):
+        found[name], cost[name] = rivals.measure(bench, s)
+    found["best_of"], cost["best_of"] = rivals.best_of(bench, **chosen["best_of"])
+    told = dict(systems=bootstrap(found, "base")["systems"], against={
+        other: bootstrap({k: found[k] for k in ("aligned", other)}, other)["systems"]["aligned"]
+        for other in found if other not in ("base", "aligned")}, cost=cost)
+    write_json(path, told)
+    return told
+
+TITLES = dict(
+    base="the large model alone", before="the small model before DPO", after="the small model after DPO",
+    aligned="**large model, aligned (the default)**", base_dpo="DPO of the large model, all weights",
+    base_lora="DPO of the large model, LoRA", sft="guided by SFT on the chosen answers",
+    ensemble="mean with the small model before DPO", vcd="VCD",
+    no_image="contrast without an image (M3ID's, fixed λ)", mean_image="contrast with a mean image (image-CFG)",
+    best_of="best of 4 by the reward", weak="guided by a weak reward", weak_gated="the same, gated",
+    foreign="guided by a reward of another base", foreign_gated="the same, gated")
+
+def summed_up(found: dict) -> dict:
+    "system -> metric -> mean over seeds of value and change, with the interval over seeds; harms and gains after Holm."
+    out = {}
+    for name in TITLES:
+        cells = {seed: told["systems"][name] for seed, told in found.items() if name in told["systems"]}
+        if not cells:
+            continue
+        told = {}
+        for m in next(iter(cells.values())):
+            value = sum(c[m]["value"] for c in cells.values()) / len(cells)
+            told[m] = dict(value=value, change=rivals.over_seeds([c[m]["delta"] for c in cells.values()]))
+        out[name] = dict(metrics=told, seeds=len(cells)) | rivals.harms_and_gains(cells)
+    return out
+
+def mean_cell(row: dict, metric: str, is_base: bool) -> str:
+    "Mean and change; bold where better on some seed and worse on none after Holm, italic where worse on one."
+    c, better, worse = row["metrics"][metric], *([m for _, m in row[k]].count(metric) for k in ("better", "worse"))
+    mark = "_" if worse else "**" if better else ""
+    return f"{c['value']:.1f}" + ("" if is_base else f" {mark}({c['change'][0]:+.1f}){mark}")
+
+def first_table(summed: dict, found: dict) -> str:
+    "What a reader takes in at a glance."
+    shown = "chair_i", "pope_adversarial_accuracy", "color_accuracy", "text_accuracy"
+    rows = []
+    for name, row in summed.items():
+        costs = [told["cost"] for told in found.values() if name in told["cost"]]
+        pace = sum(c[name]["tokens_per_second"] / c["base"]["tokens_per_second"] for c in costs) / len(costs)
+        cells = [mean_cell(row, m, name == "base") for m in shown]
+        title = TITLES[name] + f" ({row['seeds']} of {len(found)} seeds)" * (row["seeds"] < len(found))
+        counts = len(row["better"]), len(row["worse"]), costs[0][name]["forwards"]
+        rows.append([title, *cells, *counts, f"{pace:.2f}"])
+    return table(["", "CHAIR_i ↓", "POPE adv. ↑", "colour ↑", "text ↑", "better", "worse", "forwards", "speed"], rows)
+
+def seed_table(seed, told: dict) -> str:
+    "Every system and metric of a seed."
+    metrics = [m for m in METRICS if m in told["systems"]["base"]]
+    def one(m, c):
+        mark = {"better": "**", "worse": "_"}.get(verdict_of(m, c), "")
+        return f"{c['value']:.1f} {mark}[{c['delta_low']:+.1f}, {c['delta_high']:+.1f}]{mark}"
+    rows = [[TITLES[name], *(one(m, cells[m]) for m in metrics)] for name, cells in told["systems"].items()]
+    return f"## Seed {seed}\n\n" + table(["", *(METRICS[m].title for m in metrics)], rows)
+
+def against_table(found: dict) -> str:
+    "The default against each rival, on all seeds together."
+    metrics = [m for m in SHOWN if m != "pope_random_accuracy"]
+    rows = []
+    for name in {name: 0 for told in found.values() for name in told["against"]}:
+        cells = {seed: told["against"][name] for seed, told in found.items() if name in told["against"]}
+        of = rivals.harms_and_gains(cells)
+        changes = [f"{sum(c[m]['delta'] for c in cells.values()) / len(cells):+.1f}" for m in metrics]
+        rows.append([TITLES[name], *changes, len(of["better"]), len(of["worse"])])
+    return table(["the default against", *(SHOWN[m] for m in metrics), "better", "worse"], rows)
+
+RESULT = """\
+# The large model, aligned, and what it is compared with
+
+Made by `python scripts/study_world.py test` with the settings of [choose_default](choose_default.md), which were
+committed before: {scenes} test scenes of each of the seeds {seeds}{fresh}. Means over seeds, in brackets the change
+from the large model: **bold** where it is better on at least one seed and worse on none, _italic_ where it is worse on
+one, after Holm's correction over all metrics and seeds of the system ("better" and "worse" count these). Forwards:
+models or views that run for a token. Speed: tokens of captions a second of processor time, in batches, against the
+large model alone.
+
+{first}
+
+## The default against each rival
+
+Differences in points, means over seeds; "better" and "worse" as above.
+
+{against}
+
+## Over seeds
+
+Mean change of the default from the large model, with Student's 95% interval over {n} seeds: where the mean of many
+seeds can be expected.
+
+{over}
+
+{each}
+
+Brackets: paired 95% bootstrap interval of the difference from the large model. Commit {commit:.12}, {cpus} cores of
+{system}.
+"""
+
+def interval(mean, low, high) -> list:
+    return [f"{mean:+.1f}", "-" if low is None else f"[{low:+.1f}, {high:+.1f}]"]
+
+def test(args):
+    "The frozen settings on test scenes."
+    path = args.out/"choose_default.json"
+    if not path.exists():
+        raise TitaError(f"{path}: no settings to test; `python scripts/study_world.py choose` makes them")
+    frozen = json.loads(path.read_text())
+    found = in_parallel(partial(tested, chosen=frozen["chosen"]), args)
+    fresh = [seed for seed in args.seed if seed not in frozen["seeds"]]
+    summed, run = summed_up(found), run_info()
+    made = dict(chosen=frozen["chosen"], scenes=args.scenes, pairs=args.pairs, fresh=fresh)
+    write_json(args.out/"study_world.json", made | dict(summed=summed, seeds=found, run=run))
+    changes = {METRICS[m].title: c["change"] for m, c in summed["aligned"]["metrics"].items()}
+    over = table(["", "mean", "interval over seeds"], [[name, *interval(*change)] for name, change in changes.items()])
+    told = f" (nothing of {', '.join(map(str, fresh))} was measured when settings were chosen)" if fresh else ""
+    print(write_text(args.out/"study_world.md", RESULT.format(
+        scenes=args.scenes, seeds=", ".join(map(str, args.seed)), fresh=told, n=len(found),
+        first=first_table(summed, found), against=against_table(found), over=over,
+        each="\n\n".join(seed_table(s, t) for s, t in found.items()),
+        **run | dict(commit=run["commit"] or "unknown"))))
 
 @cli
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=["train", "choose", "test"])
     p.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2])
+    p.add_argument("--pairs", type=int, default=1000, help="unlabelled scenes for preference pairs")
+    p.add_argument("--rivals", nargs="*", default=RIVALS, help="what is trained beside the reward")
+    p.add_argument("--valid", type=int, default=400, help="validation scenes of a seed")
+    p.add_argument("--scenes", type=int, default=1500, help="test scenes of a seed")
+    p.add_argument("--runs", type=Path, default=ROOT/"runs"/"study_world")
     p.add_argument("--out", type=Path, default=ROOT/"results")
-    p.add_argument("--scenes", type=int, default=1500)
-    p.add_argument("--name", default="study_world", help="of the files in results/ and of the folder in runs/")
-    pair = dict(nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    p.add_argument("-p", help="a parameter of the notebook", **pair)
     args = p.parse_args()
-    found = {seed: run_seed(seed, args.scenes, ROOT/"runs"/args.name, args.p) for seed in args.seed}
-    kept = {f"seed{s}": {k: v for k, v in m.items() if k != "settings"} for s, m in found.items()}
-    write_json(args.out/f"{args.name}.json", kept)
-    print(write_text(args.out/f"{args.name}.md", tables(found)))
+    torch.set_num_threads(1)
+    if args.what == "train":
+        for seed in args.seed:
+            models_of(seed, args)
+    elif args.what == "choose":
+        choose(args)
+    else:
+        test(args)
 
 if __name__ == "__main__":
     main()

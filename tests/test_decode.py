@@ -612,7 +612,7 @@ def test_run_notebook(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     said = json.loads((tmp_path/"out"/"metrics.json").read_text())
     assert {"base", "contrast 1", "ratio, bounded 1"} <= set(said["sweep"]) and said["sweep"]["base"]["fluency"]["value"] < 0
-    assert sum(said["verdicts"]["safe"][v] for v in ("better", "no difference", "worse")) == 2 * 10  # two bases, ten metrics
+    assert sum(said["verdicts"]["safe"][v] for v in ("better", "no difference", "worse")) == 10  # one base, ten metrics
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = [sys.executable, str(ROOT/"scripts"/"run_notebook.py"), str(ROOT/"nbs"/"runs"/"demo.ipynb")]
-SMALL = "probe_scenes 24 valid_scenes 4 test_scenes 6 epochs 1 samples 1 max_new_tokens 8".split()
+SMALL = "teach_scenes 8 teach_steps 2 probe_scenes 24 test_scenes 6 epochs 1 samples 1 max_new_tokens 8".split()
 ENV = os.environ | {"TITA_PROGRESS": "0"}
 
 def demo(out, *params):
@@ -46,7 +46,9 @@ def test_other_models_on_photographs(mine, tmp_path):
     run = subprocess.run(demo(tmp_path/"run", *given(mine)), cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     metrics = json.loads((tmp_path/"run"/"metrics.json").read_text())
-    assert {"base", "ratio", "bounded", "vcd"} <= set(metrics["systems"]) and "strong_base" not in metrics["systems"]
+    assert {"base", "reward", "base_dpo", "ratio", "bounded", "vcd"} <= set(metrics["systems"])
+    assert 0 <= metrics["shared"] <= 1 and metrics["guidance"]["form"] in ("ratio", "interpolate")
+    assert json.loads((tmp_path/"run"/"before"/"metrics.json").read_text())["method"] == "distill"
     assert metrics["systems"]["base"]["pope_random_accuracy"]["value"] is not None
     assert "<img src='data:image/" in (tmp_path/"run"/"report.html").read_text()
 
@@ -57,7 +59,7 @@ def test_mistakes_are_told_in_a_line(mine, tmp_path):
     cases = {
         "broken.jsonl:2": given(mine, questions=tmp_path/"broken.jsonl"),
         "no weights": given(mine, reward=tmp_path/"weightless"), "together": ["base", mine/"base"],
-        "lams = [-1]": ["lams", "[-1]"], "gate 'ajar'": ["gate", "ajar"]}
+        "lam = -1": ["lam", "-1"], "teach_steps = -1": ["teach_steps", "-1"]}
     running = [(why, started(tmp_path/str(i), *params)) for i, (why, params) in enumerate(cases.items())]
     for why, p in running:
         said = p.communicate(timeout=900)[0]

@@ -72,3 +72,20 @@ def test_study_of_rewards(tmp_path):
     assert again.returncode == 0
     second = json.loads((tmp_path/"results"/"study_reward.json").read_text())
     assert second["grid"] == found["grid"] and second["baselines"] == found["baselines"]
+
+@pytest.mark.slow
+def test_study_of_the_world(tmp_path):
+    "Small: settings are chosen and written down, then tested; a test without settings is refused by name."
+    small = ["--seed", "0", "1", "--pairs", "6", "--rivals", "sft", "--runs", tmp_path/"runs", "--out", tmp_path/"results"]
+    def study(what, *more):
+        command = [sys.executable, "scripts/study_world.py", what, *map(str, [*small, *more])]
+        return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    early = study("test", "--scenes", 6)
+    assert early.returncode == 2 and "choose" in early.stderr and "Traceback" not in early.stderr, early.stderr[-2000:]
+    for what, more in (("choose", ("--valid", 6)), ("test", ("--scenes", 6))):
+        run = study(what, *more)
+        assert run.returncode == 0, run.stderr[-3000:]
+    chosen = json.loads((tmp_path/"results"/"choose_default.json").read_text())["chosen"]
+    found = json.loads((tmp_path/"results"/"study_world.json").read_text())
+    assert found["chosen"] == chosen and {"base", "aligned", "foreign", "vcd", "best_of"} <= set(found["summed"])
+    assert all(cell["delta"] == 0 for told in found["seeds"].values() for cell in told["systems"]["base"].values())

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['JobSettings', 'check_settings', 'save_images', 'probe_rows', 'user_rows', 'further_rows', 'Asker', 'preference_pairs',
-           'dpo_settings', 'Material', 'material_of', 'seen', 'strength_figure', 'make_systems', 'goal',
-           'best_strength', 'sweep', 'better', 'pick_examples', 'examples_of', 'first_words', 'Stages', 'what_counts']
+           'dpo_settings', 'Material', 'material_of', 'seen', 'default_guidance', 'make_systems', 'better',
+           'pick_examples', 'examples_of', 'first_words', 'Stages', 'what_counts']
 
 # %% ../../nbs/studies/82_stages.ipynb #99b015a0
 import json, random, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from ..core import TitaError, image_path, progress, read_jsonl, stable_hash, write_json
+from ..eval.metrics import METRICS
 from ..world.embedded import ASK, OBJECTS
 
 # %% ../../nbs/studies/82_stages.ipynb #a8c31f52
@@ -24,19 +26,17 @@ class JobSettings:
     out: str
     base: str = ""
     reward: str = ""
-    reference: str = ""
-    strong: str = ""
     images: str = ""
     questions: str = ""
     objects: str = ""
     seed: int = 0
+    teach_scenes: int = 3000
+    teach_steps: int = 1600
+    teach_rate: float = 4e-3
     view: str = "diffusion-800"
-    probe_scenes: int = 1500
-    valid_scenes: int = 200
+    probe_scenes: int = 1000
     test_scenes: int = 600
-    lams: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    bound: float = 1.0 # nats
-    gate: str = "agreement:0.3"
+    lam: float | None = None
     max_new_tokens: int = 64
     samples: int = 4
     epochs: int = 2
@@ -45,14 +45,14 @@ class JobSettings:
     batch_size: int = 128
 
 # %% ../../nbs/studies/82_stages.ipynb #17e5d9a3
-_AT_LEAST = dict(probe_scenes=1, valid_scenes=1, test_scenes=1, max_new_tokens=1, samples=0, epochs=1, batch_size=1)
-_ABOVE_ZERO = "bound", "beta", "learning_rate"
+_AT_LEAST = dict(teach_scenes=1, teach_steps=0, probe_scenes=1, test_scenes=1, max_new_tokens=1, samples=0, epochs=1,
+                 batch_size=1)
+_ABOVE_ZERO = "beta", "learning_rate", "teach_rate"
 
 def check_settings(
     s: JobSettings, # as given
 ) -> JobSettings: # the same
-    "Raises `TitaError` for a number out of range, no strength, an unknown view or gate, or half a pair of models."
-    from tita.decode.guidance import parse_gate
+    "Raises `TitaError` for a number out of range, an unknown view, or half a pair of models."
     from tita.views import parse_view
     for name, least in _AT_LEAST.items():
         if getattr(s, name) < least:
@@ -60,10 +60,9 @@ def check_settings(
     for name in _ABOVE_ZERO:
         if not getattr(s, name) > 0:
             raise TitaError(f"{name} = {getattr(s, name)}: it is above zero")
-    if not s.lams or not all(lam > 0 for lam in s.lams):
-        raise TitaError(f"lams = {[*s.lams]}: give strengths above zero, one at least; 0 is always tried")
+    if s.lam is not None and not s.lam > 0:
+        raise TitaError(f"lam = {s.lam}: it is above zero; None is the default strength")
     parse_view(s.view)
-    parse_gate(s.gate or None)
     given = [bool(v) for v in (s.base, s.reward, s.images, s.questions)]
     if any(given) and not all(given):
         raise TitaError("give base, reward, images and questions together, or none of them for the embedded world")
@@ -211,24 +210,24 @@ def dpo_settings(
 class Material:
     "The models of a run and the rows that they are asked."
     base: object # the frozen model
-    before: object # the reward before its training: the reference
+    before: object # the reward before it learns preferences: the reference
     processor: object # of both
-    strong: object # a stronger base, or None
     objects: list[str] # names that captions may mention
-    images: str | Path # image folder of `probe`
+    images: str | Path # image folder of all rows but `test`
+    teach: list[dict] # question rows for distillation, without truth
     probe: list[dict] # question rows for preference pairs, without truth
-    valid: list[dict] # rows to choose the strength on
+    valid: list[dict] # question rows to see on whether base and reward agree, without truth
     test: list[dict] # rows to score
-    folder: str | Path | None = None # image folder of `valid` and `test`; None where rows carry their image
+    folder: str | Path | None = None # image folder of `test`; None where rows carry their image
     further: Callable | None = None # from answers to more questions, see `preference_pairs`
 
     @property
     def counts(self) -> dict:
         "How many scenes and parameters there are of what."
-        scenes = {name: len({r["scene"] for r in getattr(self, name)}) for name in ("valid", "test")}
+        scenes = {name: len({r["image"] for r in getattr(self, name)}) for name in ("teach", "probe")}
+        scenes["test"] = len({r["scene"] for r in self.test})
         models = dict(base=self.base, reward=self.before)
-        sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-        return dict(scenes=dict(probe=len({r["image"] for r in self.probe})) | scenes, parameters=sizes)
+        return dict(scenes=scenes, parameters={k: sum(p.numel() for p in m.parameters()) for k, m in models.items()})
 
 # %% ../../nbs/studies/82_stages.ipynb #d94f0c6a
 def material_of(
@@ -239,21 +238,25 @@ def material_of(
 
 def _world_material(s: JobSettings) -> Material:
     from tita.eval.evaluation import scene_questions
-    from tita.world.embedded import load_models, load_strong, make_scenes
+    from tita.world.embedded import load_models, make_scenes, narrow_reward
     images = Path(s.out)/"images"
+    base, before, processor = load_models(s.seed)
+    before = narrow_reward(base, s.seed) if s.teach_steps else before
+    teach = probe_rows(make_scenes(s.teach_scenes, s.seed + 1000, "train"), images, "teach", seed=s.seed)
     probe = probe_rows(make_scenes(s.probe_scenes, s.seed, "train"), images, seed=s.seed)
-    valid = scene_questions(make_scenes(s.valid_scenes, s.seed, "valid"))
+    valid = probe_rows(make_scenes(100, s.seed, "valid"), images, "valid", seed=s.seed)
     test = scene_questions(make_scenes(s.test_scenes, s.seed, "test"))
-    models = *load_models(s.seed), load_strong(s.seed)
-    return Material(*models, OBJECTS, images, probe, valid, test, further=further_rows)
+    further = partial(further_rows, seed=s.seed)
+    return Material(base, before, processor, OBJECTS, images, teach, probe, valid, test, further=further)
 
 def _own_material(s: JobSettings) -> Material:
     from tita.models import check_pair, load_processor, load_vlm
     rows, processor = user_rows(s.questions, s.images), load_processor(s.base)
     check_pair(processor, load_processor(s.reward))
-    models = load_vlm(s.base), load_vlm(s.reference or s.reward), processor, load_vlm(s.strong) if s.strong else None
     objects = Path(s.objects).read_text().split() if s.objects else OBJECTS
-    return Material(*models, objects, s.images, rows["pairs"], rows["valid"], rows["test"], folder=s.images)
+    models = load_vlm(s.base), load_vlm(s.reward), processor
+    parts = rows["pairs"], rows["pairs"], rows["valid"], rows["test"]
+    return Material(*models, objects, s.images, *parts, folder=s.images)
 
 # %% ../../nbs/studies/82_stages.ipynb #f6a0937c
 def seen(
@@ -274,90 +277,33 @@ def seen(
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (how.image_mean, how.image_std))
     return Image.fromarray(((x * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
 
-# %% ../../nbs/studies/82_stages.ipynb #aa5d70e9
-_SHOWN = "pope_adversarial_accuracy", "pope_random_accuracy", "chair_i", "text_accuracy"
-
-def strength_figure(
-    found: dict, # λ -> metric -> (numerators, denominators), 0 among them; see `sweep`
-    chosen: float, # the λ to mark
-):
-    "Scores on validation images over the strength, with their intervals."
-    from tita.eval.metrics import bootstrap
-    from tita.show.plots import strength_sweep
-    systems = bootstrap({f"{lam:g}": v for lam, v in found.items()}, "0")["systems"]
-    cells = {metric: [systems[f"{lam:g}"][metric] for lam in found] for metric in _SHOWN if metric in found[0.]}
-    curves = {metric: tuple([c[k] for c in of] for k in ("value", "low", "high")) for metric, of in cells.items()}
-    return strength_sweep(list(found), curves, chosen=chosen)
-
 # %% ../../nbs/studies/82_stages.ipynb #be64db12
+def default_guidance(
+    lam: float | None = None, # strength, if not the default's
+    gate: str | None = None, # where the reward is weak or foreign, see `own_reward.gate_for`
+) -> dict: # for `AlignedDecoder`
+    "The recommended settings."
+    from tita.decode.guidance import SAFE
+    return SAFE | {k: v for k, v in dict(lam=lam, gate=gate).items() if v is not None}
+
 def make_systems(
     m: Material, # models and processor
     reward, # after DPO
-    sft, # reward trained on the chosen answers only, or None
-    lam: float, # strength chosen on validation images
-    limits: dict, # of bounded guidance: bound, gate
-    strong_lam: float | None = None, # strength of bounded guidance for the stronger base; None: as for the base
+    trained, # the base itself after DPO on the same pairs, or None
+    guidance: dict, # of `default_guidance`
 ) -> dict: # name -> function that makes the decoder
     "The systems of the report."
     from tita.decode.decoder import AlignedDecoder
     def dec(model, *args, **kwargs):
         return lambda: AlignedDecoder(model, *args, processor=m.processor, **kwargs)
-    ratio = dict(ref=m.before, form="ratio", lam=lam)
-    mean = dict(form="interpolate", lam=.3)
+    reference, mean = {} if guidance["form"] == "interpolate" else dict(ref=m.before), dict(form="interpolate", lam=.3)
     out = dict(base=dec(m.base), reward_before=dec(m.before), reward=dec(reward))
-    out |= dict(ratio=dec(m.base, reward, **ratio), bounded=dec(m.base, reward, **ratio, **limits))
+    if trained is not None:
+        out["base_dpo"] = dec(trained)
+    out |= dict(bounded=dec(m.base, reward, **reference, **guidance))
+    out |= dict(ratio=dec(m.base, reward, ref=m.before, form="ratio", lam=1.))
     out |= dict(interpolate=dec(m.base, reward, **mean), interpolate_before=dec(m.base, m.before, **mean))
-    if sft is not None:
-        out["sft_control"] = dec(m.base, sft, **ratio, **limits)
-    out["vcd"] = dec(m.base, form="contrast", lam=1., plausibility=.1, contrast_t=500)
-    if m.strong is not None:
-        own = ratio | limits | dict(lam=lam if strong_lam is None else strong_lam)
-        out |= dict(strong_base=dec(m.strong), strong_ratio=dec(m.strong, reward, **ratio))
-        out["strong_bounded"] = dec(m.strong, reward, **own)
-    return out
-
-# %% ../../nbs/studies/82_stages.ipynb #527c7208
-def goal(
-    results: dict, # metric -> (numerators, denominators), from `metrics.score`
-) -> float: # percent
-    "Mean POPE accuracy and captions' precision (100 − CHAIR_i), and all other accuracies, equally weighted."
-    from tita.eval.metrics import percent
-    known = {k: v for k, counts in results.items() if (v := percent(*counts)) is not None}
-    parts_of_text = "sign_accuracy", "number_accuracy"
-    accuracies = {k: v for k, v in known.items() if k.endswith("_accuracy") and k not in parts_of_text}
-    pope = [v for k, v in accuracies.items() if k.startswith("pope")]
-    rest = [v for k, v in accuracies.items() if not k.startswith("pope")]
-    precision = [100 - known["chair_i"]] if "chair_i" in known else []
-    parts = [sum(values) / len(values) for values in (pope, precision, rest) if values]
-    return sum(parts) / len(parts)
-
-# %% ../../nbs/studies/82_stages.ipynb #dfe200d7
-def best_strength(
-    goals: dict[float, float], # strength -> `goal` on validation rows
-    least: float = 0.25, # points that guidance must gain
-) -> float: # the best strength, the smaller one of equals; 0 if it is there and nothing gains enough
-    "Choose the strength."
-    best = max(goals, key=lambda lam: (round(goals[lam], 2), -lam))
-    return best if 0 not in goals or goals[best] - goals[0] >= least else 0.
-
-# %% ../../nbs/studies/82_stages.ipynb #ae5abbc4
-def sweep(
-    lams: list[float], # strengths to try
-    make, # λ -> decoder
-    rows: list[dict], # validation rows with truth
-    images: str | Path | None, # image folder, where rows name their images
-    folder: str | Path, # for the answers
-    objects=OBJECTS, # names of objects that captions may mention
-    **settings, # for the decoder: max_new_tokens, ...
-) -> tuple: # the best λ, and λ -> metric -> (numerators, denominators)
-    "Score every strength on validation rows."
-    from tita.eval.evaluation import evaluate
-    from tita.eval.metrics import score
-    found, n = {}, 1 + max(r["scene"] for r in rows)
-    for lam in progress(lams, desc="strengths", unit="λ"):
-        kept = dict(out=Path(folder)/f"lam_{lam:g}.jsonl", chunk=2048, desc=f"λ = {lam:g}")
-        found[lam] = score(evaluate(make(lam), rows, images, **kept, **settings), objects, n=n)
-    return best_strength({lam: goal(v) for lam, v in found.items()}), found
+    return out | dict(vcd=dec(m.base, form="contrast", lam=.5, plausibility=.1, contrast_t=500))
 
 # %% ../../nbs/studies/82_stages.ipynb #f2d8393f
 def _points(row: dict, answer: str, find) -> float:
@@ -386,24 +332,13 @@ def _image_name(row: dict):
 
 def pick_examples(
     changed: list[dict], # question rows whose answer changed, in random order
-    good, # ids of those that are better now
     n: int = 8, # at most
 ) -> list[dict]: # rows, no image twice
-    "Captions and questions where guidance helped, and one in four where it did not."
-    kinds = {} # (did it help?, kind of question) -> rows
+    "The first ones, whether guidance helped or not."
+    different = {}
     for row in changed:
-        kinds.setdefault((row["question_id"] in good, row.get("kind", "").split("_")[0]), []).append(row)
-    some_helped = any(helped for helped, _ in kinds)
-    wanted = {True: n - n // 4, False: n // 4} if some_helped else {False: n}
-    in_order = [kinds[k] for k in sorted(kinds, key=lambda k: (not k[0], k[1]))]
-    out, images = [], set()
-    for row in (row for turn in zip_longest(*in_order) for row in turn if row is not None):
-        helped = row["question_id"] in good
-        if wanted[helped] and _image_name(row) not in images:
-            images.add(_image_name(row))
-            out.append(row)
-            wanted[helped] -= 1
-    return out
+        different.setdefault(_image_name(row), row)
+    return list(different.values())[:n]
 
 # %% ../../nbs/studies/82_stages.ipynb #2c94ad0b
 _NOTES = {True: "The guidance helped here.", False: "The guidance did not help here."}
@@ -431,31 +366,41 @@ def examples_of(
 
 # %% ../../nbs/studies/82_stages.ipynb #f7d9914e
 _STORY = """
-A vision-language model with {base:,} parameters answers questions about images. It stays frozen. Beside it runs a small
-one with {reward:,} parameters, which was trained on {pairs} pairs of its own answers to {probe} images: what it said of
-the clear image is preferred to what it said of a noised one. Nobody labelled anything. At every word that the large
-model is about to write, the small one's preference is added."""
+A large vision-language model ({base:,} parameters) answers questions about images, and its weights stay as they are. A
+small one ({reward:,}) learned the large one's answers to {teach} images, and then, from {pairs} pairs of its own
+answers to {probe} images, to prefer what it says of a clear image to what it says of a noised one. Nobody labelled
+anything. At every word that the large model is about to write, that preference is added."""
 _WORLD = """
-Both models are tiny and live in a drawn world whose contents are known, so that every answer can be checked; the same
-code runs real models."""
-_RESULT = """On {test} test images, **{was:.1f}** of a hundred objects in the large model's descriptions were not there;
-with guidance **{value:.1f}** (difference {delta:+.1f}, 95% interval {delta_low:+.1f} to {delta_high:+.1f})."""
+Both are tiny and live in a drawn world whose contents are known, so that every answer can be checked; the same code
+runs real models."""
+_ANSWERS = dict( # system -> what its row in the first table answers
+    base="Why align it? Of a hundred objects in its descriptions, {base:.1f} are not there; aligned, {bounded:.1f}.",
+    reward="Why not the small model alone? It is {far:.0f} points behind the large one in {what}.",
+    base_dpo="""Why not train the large model itself? Trained on the same pairs it invents {base_dpo:.1f}, and its
+weights are no longer those that were tested.""")
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
+# %% ../../nbs/studies/82_stages.ipynb #82a0f7da
+def _facts(systems: dict) -> dict:
+    "Invented objects of each system, and in what the small model is furthest behind."
+    facts = {name: cells["chair_i"]["value"] for name, cells in systems.items() if cells.get("chair_i")}
+    small = systems.get("reward", {}).items()
+    behind = {METRICS[m].title.lower(): -c["delta"] for m, c in small if m.endswith("_accuracy") and c["delta"]}
+    what = max(behind, key=behind.get, default="nothing")
+    return facts | dict(what=what, far=behind.get(what, 0))
+
 def first_words(
     metrics: dict, # metrics.json
     embedded: bool, # is it the embedded world?
-) -> str: # two paragraphs
+) -> str: # paragraphs
     "The report's first words, for somebody who has never heard of it."
-    scenes, systems = metrics["scenes"], metrics["systems"]
-    story = _STORY.format(pairs=metrics["pairs"]["pairs"], probe=scenes["probe"], **metrics["parameters"])
-    out = _one_line(story + _WORLD * embedded)
-    if cell := systems.get("bounded", {}).get("chair_i"):
-        was = systems["base"]["chair_i"]["value"]
-        out += "\n\n" + _one_line(_RESULT.format(test=scenes["test"], was=was, **cell))
-    return out
+    story = _STORY.format(pairs=metrics["pairs"]["pairs"], **metrics["scenes"], **metrics["parameters"])
+    paragraphs, facts = [_one_line(story + _WORLD * embedded)], _facts(metrics["systems"])
+    if "bounded" in facts:
+        paragraphs += [_one_line(text.format(**facts)) for name, text in _ANSWERS.items() if name in facts]
+    return "\n\n".join(paragraphs)
 
 # %% ../../nbs/studies/82_stages.ipynb #e82fa20f
 class Stages:
@@ -491,4 +436,4 @@ def what_counts(
     s: JobSettings, # of a run
 ) -> dict: # for `Stages`: all but the folder
     "What must be the same for a run to go on."
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items() if k != "out"}
+    return {k: v for k, v in asdict(s).items() if k != "out"}

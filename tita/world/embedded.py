@@ -6,7 +6,7 @@
 __all__ = ['THEMES', 'GROUND', 'OBJECTS', 'POPULAR', 'COLORS', 'WORDS', 'LETTERS', 'COUNTS', 'ICONS', 'SIZE', 'CELL', 'ASK',
            'CHAT', 'SPECIAL', 'draw_icon', 'fonts', 'scans', 'Question', 'Scene', 'near', 'draw_text', 'render',
            'caption', 'ask_about', 'make_scenes', 'vocabulary', 'tiny_processor', 'tiny_model', 'tiny_pair',
-           'world_folder', 'load_models', 'load_strong']
+           'narrow_reward', 'world_folder', 'load_models']
 
 # %% ../../nbs/world/01_embedded.ipynb #85883d89
 import functools, math, os, random
@@ -342,6 +342,18 @@ def tiny_pair(seed: int = 0, hidden=(64, 64), layers=(6, 2)):
     base = tiny_model(hidden[0], layers[0], seed=seed)
     return base, tiny_model(hidden[1], layers[1], seed=seed + 50), tiny_processor()
 
+# %% ../../nbs/world/01_embedded.ipynb #01a00002
+def narrow_reward(
+    base, # of the embedded world
+    seed: int = 0, # of the student's weights
+    hidden: int = 40, # its width
+    layers: int = 2, # its depth
+): # an untrained student with the base's tower
+    "A student that is clearly smaller than its base."
+    student = tiny_model(hidden, layers, seed=seed + 50)
+    student.model.vision_tower.load_state_dict(base.model.vision_tower.state_dict())
+    return student
+
 # %% ../../nbs/world/01_embedded.ipynb #956d8a03
 def world_folder() -> Path:
     "Where the trained models are: TITA_WORLD, or what came with the package."
@@ -364,7 +376,3 @@ def load_models(
     from transformers import AutoProcessor
     base, reward = _load(seed, "base"), _load(seed, "reward")
     return base, reward, AutoProcessor.from_pretrained(world_folder()/f"seed{seed}"/"base")
-
-def load_strong(seed: int = 0):
-    "The stronger base of the same seed."
-    return _load(seed, "strong")
