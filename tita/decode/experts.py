@@ -269,6 +269,27 @@ def _replay(self: Expert, cache, tokens: Tensor, lens: Tensor, delta) -> Tensor:
     more = 0, n - m
     return cache.graphs(key, run, F.pad(tokens, (0, 0, *more)), send(F.pad(at, more), tokens.device))[:m]
 
+# %% ../../nbs/decode/14_experts.ipynb #c7d10002
+@patch
+def extend(self: Expert,
+    rows: slice | Tensor, # (m) slots
+    tokens: Tensor, # (m, q) ids
+    ahead: int = 0, # how far behind the end of its row each block begins
+) -> Tensor: # (m, q, V) logits, 0 where the context is over
+    "Append a block to each row, or as much of it as the row's context holds. `lens` stay, as for `forward`."
+    lens, delta = self.lens[rows] + ahead, self.delta[rows]  # (m) each
+    (m, q), room = tokens.shape, self.context - lens
+    if room.min() >= q:
+        return self.forward(self.cache, rows, tokens, lens, delta=delta if self.mrope else 0)
+    slots, widths = torch.arange(len(self.lens))[rows], room.clamp(0, q)
+    logits = self.head.weight.new_zeros(m, q, len(self.head.weight))
+    for width in widths[widths > 0].unique().tolist():
+        at = (widths == width).nonzero()[:, 0]
+        there = send(at, tokens.device)
+        part = self.forward(self.cache, slots[at], tokens[there, :width], lens[at], delta=delta[at])
+        logits[send(at, logits.device), :width] = part
+    return logits
+
 # %% ../../nbs/decode/14_experts.ipynb #88188908
 def _looks_once(tower):
     "A stand-in for a tower: it looks when it is called first, and gives the same output again from then on."
