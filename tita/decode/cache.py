@@ -126,10 +126,10 @@ def place_fixed(self: RaggedCache,
 # %% ../../nbs/decode/11_cache.ipynb #9a110003
 @patch
 @torch.inference_mode()
-def blank(self: RaggedCache):
-    "Forget what the rows hold, so that nothing odd (a NaN, say) lies beyond the end of a new one."
+def blank(self: RaggedCache, rows: list[int] | slice = slice(None)):
+    "Forget what rows hold, so that nothing odd (a NaN, say) lies beyond the end of a new one."
     for l, name in self._stores():
-        getattr(l, name).zero_()
+        getattr(l, name)[rows] = 0
 
 @patch
 def copy(self: RaggedCache, source: RaggedCache, origin: Tensor, target: Tensor | slice, length: int):

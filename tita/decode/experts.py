@@ -384,19 +384,19 @@ def read(self: Expert,
 
 # %% ../../nbs/decode/14_experts.ipynb #c6ccbcda
 @patch
-def _remember(self: Expert, prompts: dict, fresh: list, inputs: dict, grid):
-    "Read the prefixes of new images; keep the old ones that are still asked about."
+def _remember(self: Expert, shared: dict, fresh: list, inputs: dict, grid):
+    "Read the prefixes of new images; keep those of old ones that are still asked about."
     if not fresh:
         return
-    kept = [k for k in prompts if k in self.known]
+    kept = [k for k in shared if k in self.known]
     old, known, m = self.prefixes, self.known, len(fresh)
-    self.prefixes = RaggedCache(self.layers, m + len(kept), max(p.prefix for p in prompts.values()))
-    texts = [prompts[k].ids[:prompts[k].prefix] for k in fresh]
+    self.prefixes = RaggedCache(self.layers, m + len(kept), max(p.prefix for p in shared.values()))
+    texts = [shared[k].ids[:shared[k].prefix] for k in fresh]
     _, lens, delta = self.read(self.prefixes, slice(0, m), texts, inputs, grid)
     if kept:
         origin, longest = torch.tensor([known[k][0] for k in kept]), max(known[k][1] for k in kept)
         self.prefixes.copy(old, origin, slice(m, None), longest)
-    self.known = {k: (i, int(lens[i]), int(delta[i])) for i, k in enumerate(fresh)}
+    self.known = dict(zip(fresh, zip(range(m), lens.tolist(), delta.tolist())))
     self.known |= {k: (i, *known[k][1:]) for i, k in enumerate(kept, m)}
 
 # %% ../../nbs/decode/14_experts.ipynb #f4463c4e
@@ -404,19 +404,18 @@ def _remember(self: Expert, prompts: dict, fresh: list, inputs: dict, grid):
 def admit(self: Expert,
     n: int, # rows that are running
     prompts: list[Prompt], # of the new rows
+    shared: dict, # image -> a prompt about it, for images that are read once; empty: each prompt is read as a whole
     fresh: list, # keys of the images whose features come along
     inputs: dict, # the features
     grid: Tensor | None, # (images, 3) for M-RoPE
-    share: bool, # read prefixes once
 ) -> Tensor: # (m, V) logits of the first token
     "Read the prompts of new rows into the slots n, n+1, ..."
     rows = slice(n, n + len(prompts))
-    by_key = {p.key: p for p in prompts if p.key is not None}
-    if not (share and by_key):
+    if not shared or self.image_token is None:
         logits, self.lens[rows], self.delta[rows] = self.read(self.cache, rows, [p.ids for p in prompts], inputs, grid)
         self.start[rows] = self.lens[rows]
         return logits
-    self._remember(by_key, fresh, inputs, grid)
+    self._remember(shared, fresh, inputs, grid)
     known = torch.tensor([self.known[p.key] if p.key is not None else (0, 0, 0) for p in prompts])
     origin, lens, delta = known.unbind(1)
     self.cache.copy(self.prefixes, origin, rows, int(lens.max()))
