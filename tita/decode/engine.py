@@ -131,18 +131,18 @@ def _is_known(self: Engine, key: tuple) -> bool:
 @patch
 def _in_view(self: Engine, rows: list[Row]) -> dict[tuple, Row]: # image -> a row about it
     "Images of new rows and of those that come next, if reading them apart from the questions pays; else none."
-    room, ahead = self.budget - _tokens(rows), []
-    for row in islice(self.ready, self.slots - len(rows)):
-        room -= _tokens([row])
-        if room < 0:
-            break
-        ahead.append(row)
-    view = {r.key: r for r in (*rows, *ahead) if r.images}
+    ahead = [*islice(self.ready, self.slots)]
     wanted = Counter(r.key for r in (*rows, *ahead, *list(self.queue)[:1]))
-    pays = any(wanted[r.key] > 1 or self._is_known(r.key) for r in rows if r.images)
-    return view if pays else {}
+    if not any(wanted[r.key] > 1 or self._is_known(r.key) for r in rows if r.images):
+        return {}
+    view = {r.key: r for r in rows if r.images}
+    room = self.budget - _tokens(view.values())
+    for row in ahead:
+        if row.images and row.key not in view and (room := room - _tokens([row])) >= 0:
+            view[row.key] = row
+    return view
 
-def _tokens(rows: list[Row]) -> int:
+def _tokens(rows: Iterable[Row]) -> int: # of the prompts
     return sum(len(r.prompts[0].ids) for r in rows)
 
 # %% ../../nbs/decode/15_engine.ipynb #6ea47245
@@ -155,8 +155,9 @@ def _joined(enc: Encoder, keys: list) -> dict:
 @patch
 def _read(self: Engine, rows: list[Row]) -> list[Tensor]: # of each expert (m, V), the logits of the first token
     "Read the prompts of new rows."
-    view = self._in_view(rows)
-    keys = [k for k in view if not self._is_known(k)] if view else [r.key for r in rows if r.images]
+    view, keys = self._in_view(rows), [r.key for r in rows if r.images] # each image apart, or each with its prompt
+    if view: # wait with the others until one is needed
+        keys = [] if all(map(self._is_known, keys)) else [k for k in view if not self._is_known(k)]
     pixels = [_joined(enc, keys) for enc in self.intake.encoders]
     inputs = look(self.experts, self.leader, pixels, self.noise_seed) if keys else [{}] * len(self.experts)
     logits = []
