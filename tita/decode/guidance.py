@@ -211,9 +211,6 @@ def lazy(self: Guidance) -> bool:
     return self.bound is not None and math.isfinite(self.bound)
 
 # %% ../../nbs/decode/13_guidance.ipynb #4b20262c
-def _logps(logits: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1)
-
 @patch
 def strength(self: Guidance, step: Step) -> float | Tensor: # a number or (..., 1)
     "λ at this step."
@@ -222,10 +219,14 @@ def strength(self: Guidance, step: Step) -> float | Tensor: # a number or (..., 
     lam = self.lam(step)
     return lam[..., None] if torch.is_tensor(lam) and lam.ndim == step.base.ndim - 1 else lam
 
+def _logps(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)
+
 def _own(own: Tensor | None, usual):
     "A row's own number, where it has one."
     return usual if own is None else torch.where(own.isnan(), torch.as_tensor(usual).to(own), own)
 
+# %% ../../nbs/decode/13_guidance.ipynb #6d130002
 @patch
 def __call__(self: Guidance,
     base: Tensor, # (..., V) the base's logits
@@ -237,10 +238,9 @@ def __call__(self: Guidance,
     "The scores of the next token, in the base's own scale, and the signal in them."
     logps, rewards, references = _logps(base), [_logps(r) for r in rewards], [_logps(r) for r in references]
     step = Step(logps, rewards, references, signal(self.form, logps, rewards, references, self.weights))
-    gate = parse_gate(self.gate)
+    gate, usual = parse_gate(self.gate), math.inf if self.bound is None else self.bound
     openness = 1. if gate is None else torch.as_tensor(gate(step)).clamp(0., 1.)
-    lam = _own(lam, self.strength(step))
-    scores = guide(base.float(), step.signal, lam, _own(bound, math.inf if self.bound is None else self.bound), openness)
+    scores = guide(base.float(), step.signal, _own(lam, self.strength(step)), _own(bound, usual), openness)
     if self.plausibility:
         scores = scores.masked_fill(~plausible(logps, self.plausibility), -math.inf)
     return scores, step.signal
