@@ -16,7 +16,7 @@ from ..api.replies import Reply
 from ..core import TitaError, seed_for
 from .sources import get_image
 from .pairs import normalize, strip_special
-from .sources import ATTRIBUTES
+from ..preferences import ATTRIBUTES
 
 # %% ../../nbs/data/45_judged.ipynb #f3d3d4fa
 JUDGE = """You score answers to a question about an image. \

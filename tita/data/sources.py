@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['SOURCES', 'IMAGE_FAULTS', 'MOST_PIXELS', 'Source', 'source_of', 'Least', 'sample_questions', 'read_questions',
            'read_answers', 'read_pair_rows', 'to_seva', 'to_mllm', 'to_llava', 'get_image', 'check_image',
-           'check_pixels', 'Check', 'check_questions_file', 'write_parquet', 'parquet_images', 'write_jsonl']
+           'check_pixels', 'Check', 'check_questions_file', 'write_parquet', 'parquet_images', 'image_name',
+           'write_training_rows', 'write_jsonl']
 
 # %% ../../nbs/data/40_sources.ipynb #95045d95
-import heapq, json, re, tempfile, warnings
+import hashlib, heapq, json, re, tempfile, warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
 from ..core import TitaError, open_image, progress, seed_for, write_text
-from ..preferences import ATTRIBUTES, LOGPS, SCORED, as_turns, clean_question, pair_rows, question_rows, turn_pairs
+from ..preferences import LOGPS, SCORED, as_turns, clean_question, pair_rows, question_rows, turn_pairs
 from ..rows import ImageFolder, Line, find_image, iter_records, read_rows
 
 # %% ../../nbs/data/40_sources.ipynb #3a7de28e
@@ -320,6 +321,27 @@ def parquet_images(
         if "picture" not in rows.column_names:
             raise TitaError(f"{path}: has no pictures; give the image folder")
         return {r["image"]: r["picture"].convert("RGB") for r in rows if r["image"]}
+
+# %% ../../nbs/data/40_sources.ipynb #40d0e002
+def image_name(image) -> str:
+    "What an image is called; one that came inside a file is told by its bytes."
+    return hashlib.sha1(image["bytes"]).hexdigest() if isinstance(image, dict) else str(image)
+
+def write_training_rows(
+    rows: list[dict], # of `tita.preferences.read_pairs` or `training_rows`
+    path: str | Path, # without a suffix
+) -> Path: # JSON Lines, or Parquet if a picture came inside a file
+    "Write rows to train on, for another reader of them."
+    path = Path(path)
+    if not any(isinstance(r["image"], dict) for r in rows):
+        return write_jsonl(path.with_name(f"{path.name}.jsonl"), rows)
+    import pyarrow, pyarrow.parquet
+    path.parent.mkdir(parents=True, exist_ok=True)
+    as_picture = [{"picture": r["image"]} if isinstance(r["image"], dict) else {"image": r["image"]} for r in rows]
+    flat = [{k: v for k, v in r.items() if k != "image"} | p for r, p in zip(rows, as_picture)]
+    path = path.with_name(f"{path.name}.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(flat), path)
+    return path
 
 # %% ../../nbs/data/40_sources.ipynb #34ab3ca3
 def write_jsonl(

@@ -13,7 +13,7 @@ from ..core import TitaError, read_jsonl, seed_for, stable_hash
 from ..eval.metrics import object_finder
 from ..data.pairs import STEER, make_scored_pairs, make_sft, make_steerlm
 from ..show.plots import BLUE, GREEN, GREY, ORANGE, count_text, metric_title, panels, styled
-from ..data.sources import ATTRIBUTES
+from ..preferences import ATTRIBUTES
 from ..world.embedded import ASK, OBJECTS
 
 # %% ../../nbs/studies/83_reward_study.ipynb #58bc94d4

@@ -241,6 +241,7 @@ def encode_rows(
     rows, # as in `as_messages`
     store: ImageStore, # takes the images in
     answers=("chosen", "rejected"), # names of the answers in a row
+    places=None, # per row, where it comes from; None: its number
 ) -> list[dict]: # per row: image_ids, prompt_ids (a placeholder for each image), and NAME_ids for each answer
     "Tokenise all rows at once. Raises `TitaError` for a row whose images and placeholders do not match."
     prompts, texts, numbers = [], [], []
@@ -250,7 +251,7 @@ def encode_rows(
             images, messages = as_messages(row, answers)
             texts += [_answer_text(messages[a]) for a in answers]
         except TitaError as e:
-            raise TitaError(f"row {i}: {e}") from None
+            raise TitaError(f"{places[i] if places else f'row {i}'}: {e}") from None
         numbers.append([store.add(im, row.get("view", "clean"), row.get("view_seed", 0)) for im in images])
         prompts.append(_rendered(store.processor, messages["prompt"], known))
     ids = iter(answer_ids(store.processor, texts))
@@ -258,7 +259,8 @@ def encode_rows(
            for prompt, seen in zip(prompt_ids(store.processor, prompts), numbers)]
     for i, row in enumerate(out):
         if (found := row["prompt_ids"].count(store.token_id)) != (n := len(row["image_ids"])):
-            raise TitaError(f"row {i}: {n} images but {found} image tokens in its prompt; one <image> each")
+            where = places[i] if places else f"row {i}"
+            raise TitaError(f"{where}: {n} images but {found} image tokens in its prompt; one <image> each")
     return out
 
 # %% ../../nbs/train/51_trees.ipynb #001d4fca
