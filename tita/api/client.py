@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 from fastcore.basics import patch
 from ..core import TitaError, data_url, image_path, open_image
-from .endpoints import Endpoint, any_endpoint, redact
+from .endpoints import Endpoint, redact
 from .replies import KINDS, Kind, Reply, Trouble, mend_text, name_trouble, read_reply, refused
 
 # %% ../../nbs/api/33_client.ipynb #bfe64e8c

@@ -9,7 +9,7 @@ __all__ = ['ENGINES', 'METHODS', 'TARGETS', 'parse_sources', 'questions_command'
            'pairs_command', 'read_any', 'rows_for', 'convert', 'convert_command', 'main']
 
 # %% ../../nbs/data/46_data_cli.ipynb #0f7feba5
-import json, sys
+import sys
 from pathlib import Path
 from typing import Annotated
 import typer

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SOURCES', 'IMAGE_FAULTS', 'MOST_PIXELS', 'Source', 'source_of', 'Least', 'sample_questions', 'read_questions',
            'read_answers', 'read_pair_rows', 'to_seva', 'to_mllm', 'to_llava', 'get_image', 'check_image',
-           'check_pixels', 'Check', 'check_questions_file', 'write_parquet', 'parquet_images', 'image_name',
-           'write_training_rows', 'write_jsonl']
+           'check_pixels', 'Check', 'check_questions_file', 'write_parquet', 'parquet_images', 'write_jsonl',
+           'image_name', 'write_training_rows']
 
 # %% ../../nbs/data/40_sources.ipynb #95045d95
 import hashlib, heapq, json, re, tempfile, warnings
@@ -322,6 +322,14 @@ def parquet_images(
             raise TitaError(f"{path}: has no pictures; give the image folder")
         return {r["image"]: r["picture"].convert("RGB") for r in rows if r["image"]}
 
+# %% ../../nbs/data/40_sources.ipynb #34ab3ca3
+def write_jsonl(
+    path: str | Path, # replaced as a whole
+    rows: list[dict], # of any kind
+) -> Path: # the path
+    "Write rows as JSON Lines; the same rows give the same bytes."
+    return write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
 # %% ../../nbs/data/40_sources.ipynb #40d0e002
 def image_name(image) -> str:
     "What an image is called; one that came inside a file is told by its bytes."
@@ -342,11 +350,3 @@ def write_training_rows(
     path = path.with_name(f"{path.name}.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(flat), path)
     return path
-
-# %% ../../nbs/data/40_sources.ipynb #34ab3ca3
-def write_jsonl(
-    path: str | Path, # replaced as a whole
-    rows: list[dict], # of any kind
-) -> Path: # the path
-    "Write rows as JSON Lines; the same rows give the same bytes."
-    return write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 from ..core import TitaError, progress, write_json
 from ..views import view_seed
 from .images import ImageStore, TowerCache
-from .trees import encode_rows, grow_trees, mrope, tree_logits
+from .trees import grow_trees, mrope, tree_logits
 from .dpo import TreeCollator, TreeForward, TreeOptions, fit_rows
 
 # %% ../../nbs/train/53_distill.ipynb #2c102652
