@@ -8,10 +8,10 @@ what each reward is worth.
 What is there is not computed again: killed and started again, it goes on. Explained in
 nbs/studies/83_reward_study.ipynb.
 """
-import argparse, copy, json, os
+import argparse, copy, os
 from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-from tita.core import cli, progress, run_info, set_seed, write_json, write_text
+from tita.core import cli, run_info, set_seed, write_json, write_text
 from tita.decode.decoder import AlignedDecoder
 from tita.eval.evaluation import evaluate, scene_questions
 from tita.data.answers import generate_answers

@@ -56,6 +56,24 @@ def test_train_reward_notebook_methods(method, tmp_path):
     assert metrics["method"] == method and metrics["steps"] > 0
 
 @pytest.mark.slow
+def test_train_reward_notebook_parts_pictures_inside_a_file(tmp_path):
+    "Pairs of a Parquet file whose pictures are in it: some are kept for measuring, and both parts are read again."
+    from tita.data.sources import write_parquet
+    from tita.world.embedded import make_scenes, world_folder
+    rows = []
+    for i, scene in enumerate(make_scenes(24, seed=3)):
+        scene.image.save(tmp_path/f"{i}.png")
+        rows += [dict(question_id=f"{i}-{j}", image=f"{i}.png", prompt=q.text, chosen=q.answer, rejected="maybe")
+            for j, q in enumerate(scene.questions[1:3])]
+    file, out = write_parquet(rows, tmp_path/"pairs.parquet", tmp_path, embed=True), tmp_path/"run"
+    named = "pairs", file, "model", world_folder()/"seed0"/"reward", "held_out", .3
+    run = notebook(out, *named, "flags", "--max_steps 2 --per_device_train_batch_size 4 --logging_steps 1")
+    assert run.returncode == 0, run.stderr[-3000:]
+    measured = json.loads((out/"metrics.json").read_text())
+    assert 0 <= measured["measures"]["pairs"]["value"] <= 100 and measured["steps"] == 2
+    assert {f.suffix for f in (out/"data").glob("*0.*")} == {".parquet"}
+
+@pytest.mark.slow
 def test_study_of_rewards(tmp_path):
     "Small: all parts run, and what is there is used the second time."
     small = "--scenes 40 --presence 3 --test 6 --valid 12 --epochs 1 --distill-steps 2 --distill-scenes 16".split()

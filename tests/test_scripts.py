@@ -229,6 +229,16 @@ def test_figures_of_a_gpu_need_one(tmp_path):
     run = subprocess.run(bench, env={**os.environ, "PATH": path}, capture_output=True, text=True)
     assert run.returncode == 2 and "there is no GPU here" in run.stderr and not (tmp_path/"out").exists()
 
+@pytest.mark.slow
+def test_bench_of_the_client(tmp_path):
+    "The same questions by the client and by two loops, with and without a pause."
+    small = "--questions", "12", "--repeat", "1", "--paused", "2", "--image", "--out", tmp_path/"client.json"
+    run = subprocess.run([sys.executable, ROOT/"scripts/bench_client.py", *small], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads((tmp_path/"client.json").read_text())
+    assert found["wall"] > 0 and found["without_pause"] >= 12 * found["latency"]
+    assert found["one_by_one"] >= 12 and found["faster_without_pause"] == found["without_pause"] / found["wall"]
+
 ## make_readme.py
 
 @pytest.mark.parametrize("link, seen", [

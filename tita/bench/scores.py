@@ -8,7 +8,7 @@ __all__ = ['PERCENTILES', 'tidy', 'same_question', 'read_results', 'after_thinki
            'by_load', 'main_rows', 'compare', 'unpaired_notes']
 
 # %% ../../nbs/bench/72_scores.ipynb #5305389f
-import json, math, re
+import math, re
 from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path

@@ -9,11 +9,11 @@ __all__ = ['truth_scores', 'score_answers', 'baseline_sets', 'steered', 'train_b
 # %% ../../nbs/studies/83_reward_study.ipynb #6627a0cd
 import copy, re
 from pathlib import Path
-from ..core import TitaError, read_jsonl, seed_for, stable_hash
+from ..core import TitaError, seed_for
 from ..eval.metrics import object_finder
 from ..data.pairs import STEER, make_scored_pairs, make_sft, make_steerlm
 from ..show.plots import BLUE, GREEN, GREY, ORANGE, count_text, metric_title, panels, styled
-from ..data.sources import ATTRIBUTES
+from ..preferences import ATTRIBUTES
 from ..world.embedded import ASK, OBJECTS
 
 # %% ../../nbs/studies/83_reward_study.ipynb #58bc94d4
