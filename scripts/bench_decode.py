@@ -12,9 +12,9 @@ The ways take turns in every round; a way's figure is the median over rounds of 
 base's own greedy `generate` in that round. With --prompt 0 scenes are described and answers end where they end. With
 --prompt N the question is repeated up to N tokens and the answer has exactly --new tokens: beyond what the embedded
 models learned, so acceptance there says little. Random weights agree on nothing: with --acceptance drafts are accepted
-at that rate by lot (all forwards of all models run all the same), and the table says so. There *decoding alone* is
-counted, too: the time of an answer less the time of one of a single token. With --shape the time of a token is also counted in times of the floor: how
-long the bytes of weights and caches that it needs take at the rate of a large copy on that device.
+at that rate by lot (all forwards of all models run all the same), and the table says so. With --shape *decoding
+alone* is counted, too: the time of an answer less that of one of a single token; and the time of a token in times of
+the floor: how long the bytes of weights and caches that it needs take at the rate of a large copy on that device.
 """
 import argparse
 import contextlib
