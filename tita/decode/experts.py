@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from ..core import TitaError
-from .cache import RaggedCache, _linear, linear, written_out
+from .cache import RaggedCache, _linear, project, written_out
 from .graphs import Graphs, record_cuda, send
 from .prompts import Prompt, padded
 from ..models import same_tower, vision_tower, vocab_size
@@ -187,7 +187,7 @@ def _reach(self: Expert, kv: int, delta: Tensor):
 @patch
 def _logits(self: Expert, hidden: Tensor) -> Tensor: # (..., V)
     plain = _linear(self.head)
-    x = (linear(hidden, self.head.weight, self.head.bias) if plain else self.head(hidden)) * self.scale
+    x = (project(hidden, self.head.weight, self.head.bias) if plain else self.head(hidden)) * self.scale
     return (x / self.softcap).tanh() * self.softcap if self.softcap else x
 
 # %% ../../nbs/decode/14_experts.ipynb #e4a7000c

@@ -329,5 +329,5 @@ def _advance(self: SpeculativeEngine):
     length = 0 if plain or self.draft == "lazy" else self._draft_length()
     n, started = self.n, self.clock()
     self._block(length) if length else self._plain()
-    if self.draft == "auto" and length in (0, *self.pace.lengths):
+    if self.draft == "auto" and length in (0, self.pace.draft):
         self.pace.note_step(n, length, self.clock() - started)
