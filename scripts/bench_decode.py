@@ -511,8 +511,8 @@ def how_made(result: dict) -> str:
         f"bound {a['bound']:g} nats, gate {a['gate']}, {a['dtype']}.",
         where_made(result),
         f"The ways take turns; a ratio is the median of {min(rounds)} to {max(rounds)} paired rounds, "
-        "tokens a second over those of the base's own greedy `generate`. Other programs ran on this machine at the same "
-        "time: compare ratios, not times."]
+        "tokens a second over those of the base's own greedy `generate`. Other programs ran on this machine meanwhile: "
+        "compare ratios, not times."]
     if a["acceptance"] is not None:
         said.append(f"Drafts are accepted by lot, at {a['acceptance']}.")
     if a["bandwidth"]:

@@ -4,9 +4,9 @@
     python scripts/study_pace.py --reward runs/demo/reward --before cfad4d1 --out results/study_pace
 
 *draft 4*: always. *before*: `pace` and `speculation` as they were in that commit (lengths from 1 to 8, a line fitted
-through their costs, trust in promises, pauses between looks, lazy steps). *auto*: today's rule, a draft of four where it
-pays. All decode the same cases, in turn in one process; a figure is the median over rounds of the speed over that of
-draft 0 in that round. In every case each rule starts anew, and learns in a round before the first that counts.
+through their costs, trust in promises, pauses between looks, lazy steps). *auto*: today's rule, a draft of four where
+it pays. All decode the same cases, in turn in one process; a figure is the median over rounds of the speed over that
+of draft 0 in that round. In every case each rule starts anew, and learns in a round before the first that counts.
 """
 import argparse
 import math
@@ -108,9 +108,9 @@ def markdown(result: dict, names: list) -> str:
     lines += [f"| {title(c)} | " + " | ".join(f"{c['ratios'][n]:.2f}" for n in names) + " |" for c in cases]
     lines.append("| **geometric mean** | " + " | ".join(f"**{mean(cases, n):.2f}**" for n in names) + " |")
     made = (
-        f"`python scripts/study_pace.py` on the embedded pair of seed 0, {result['reward']}, at the recommended setting; "
-        f"*before* is commit {result['before']}. Times draft 0; medians of {result['rounds']} rounds in which the rules "
-        "take turns in one process, processor time of one thread (other programs ran on this machine at the same time). "
+        f"`python scripts/study_pace.py` on the embedded pair of seed 0, {result['reward']}, recommended setting; "
+        f"*before* is commit {result['before']}. Times draft 0; medians of {result['rounds']} rounds in which the "
+        "rules take turns in one process, processor time of one thread (other programs ran on this machine meanwhile). "
         f"{result['cpus']} cores, torch {versions['torch']}, commit {(result['commit'] or 'unknown')[:12]}.")
     return "\n\n".join(["# When is a draft worth it?", made, "\n".join(lines)]) + "\n"
 

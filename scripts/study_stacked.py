@@ -3,27 +3,38 @@
 
     python scripts/study_stacked.py --out results/study_stacked
 
-Two models of one shape differ in their weights alone, so one forward could run both: every product a batched one (`bmm`)
-over weights that are stacked once, every norm and every attention over twice the rows. The blocks of a decoder are measured
-here without cache and mask, q tokens each: 1 is a plain step, 4 a draft's verification, 300 a prompt. Both ways take turns;
-the figure is the ratio of the least seconds of either, which other programs on the machine cannot make smaller.
+Two models of one shape differ in their weights alone, so one forward could run both: every product a batched one
+(`bmm`) over weights that are stacked once, every norm and every attention over twice the rows. The blocks of a decoder
+are measured here without cache and mask, q tokens each: 1 is a plain step, 4 a draft's verification, 300 a prompt. Both
+ways take turns; the figure is the ratio of the least seconds of either, which other programs cannot make smaller.
 """
 import argparse
 import time
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tita.core import cli, run_info, write_json, write_text
 
-SHAPES = {"2 x 64": (2, 64, 4, 160), "4 x 256": (4, 256, 4, 688), "22 x 2048": (2, 2048, 32, 5632)}
+
+class Shape(NamedTuple):
+    "Sizes of a decoder."
+    layers: int
+    hidden: int
+    heads: int
+    feed_forward: int
+
+
+SHAPES = {"2 x 64": Shape(2, 64, 4, 160), "4 x 256": Shape(4, 256, 4, 688), "22 x 2048": Shape(2, 2048, 32, 5632)}
 TOKENS = 1, 4, 30, 300
 
 
-def weights(layers: int, hidden: int, feed_forward: int) -> list[dict]:
+def weights(shape: Shape) -> list[dict]:
     "Of each layer, random."
+    hidden, feed_forward = shape.hidden, shape.feed_forward
     sizes = dict(q=(hidden, hidden), k=(hidden, hidden), v=(hidden, hidden), o=(hidden, hidden))
     sizes |= dict(gate=(feed_forward, hidden), up=(feed_forward, hidden), down=(hidden, feed_forward))
-    made = [{name: torch.randn(size) / size[1]**.5 for name, size in sizes.items()} for _ in range(layers)]
+    made = [{name: torch.randn(size) / size[1]**.5 for name, size in sizes.items()} for _ in range(shape.layers)]
     return [layer | dict(norm=torch.ones(hidden)) for layer in made]
 
 
@@ -70,11 +81,12 @@ def least(*ways, seconds: float) -> list[float]: # seconds of each
 
 
 def measured(name: str, q: int, seconds: float) -> dict:
-    layers, hidden, heads, feed_forward = SHAPES[name]
-    models = [weights(layers, hidden, feed_forward) for _ in range(2)]
-    x, stacked = torch.randn(2, q, hidden), stack(models)
-    assert torch.allclose(apart(x, models, heads), together(x, stacked, heads), atol=1e-2)
-    two, one = least(lambda: apart(x, models, heads), lambda: together(x, stacked, heads), seconds=seconds)
+    size = SHAPES[name]
+    models = [weights(size) for _ in range(2)]
+    x, stacked = torch.randn(2, q, size.hidden), stack(models)
+    assert torch.allclose(apart(x, models, size.heads), together(x, stacked, size.heads), atol=1e-2)
+    ways = (lambda: apart(x, models, size.heads)), (lambda: together(x, stacked, size.heads))
+    two, one = least(*ways, seconds=seconds)
     return dict(shape=name, tokens=q, apart_ms=1e3 * two, together_ms=1e3 * one, gain=two / one)
 
 
@@ -92,7 +104,7 @@ def main():
     lines = ["| shape of both | tokens each | two forwards, ms | one, ms | gain |", "| --- | --- | --- | --- | --- |"]
     row = "| {shape} | {tokens} | {apart_ms:.2f} | {together_ms:.2f} | {gain:.2f} |"
     lines += [row.format(**c) for c in cases]
-    made = (f"`python scripts/study_stacked.py`, one thread, least of {args.seconds:g} seconds; of 22 x 2048 two layers. "
+    made = (f"`python scripts/study_stacked.py`, one thread, least of {args.seconds:g} s; of 22 x 2048 two layers. "
         f"torch {info['versions']['torch']}, commit {(info['commit'] or 'unknown')[:12]}.")
     text = "\n\n".join(["# Reward and reference in one forward?", made, "\n".join(lines)]) + "\n"
     print(text)

@@ -620,7 +620,7 @@ def test_bench(tmp_path):
     run = script("scripts/bench_decode.py", "--rounds", 1, "--seconds", 0, "--scenes", 2, "--batch", "1,2", "--prompt", "0,64", "--new", 4, "--out", tmp_path/"speed")
     assert run.returncode == 0, run.stderr[-2000:]
     said = json.loads((tmp_path/"speed.json").read_text())
-    assert len(said["cases"]) == 4 and len(said["targets"]) == 4
+    assert len(said["cases"]) == 4 and len(said["targets"]) == 5
     for c in said["cases"]:
         assert {"base only", "cached processor", "full-prefix processor", "ours, draft 0", "ours, lazy", "ours, auto"} <= set(c["ways"]) and all(w["tokens_per_s"] > 0 for w in c["ways"].values())
     assert "| batch 2, prompt of 64, 4 new tokens |" in (tmp_path/"speed.md").read_text()

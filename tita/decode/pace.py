@@ -22,8 +22,7 @@ def expected_tokens(
 class Pace:
     "Seconds of steps, by batch size in powers of two, and how many drafted tokens are right."
     draft = 4 # tokens
-    gain = 1.1 # tokens for the time of one that a draft must promise
-    again = 16 # drafts after which a plain step is measured again
+    again = 32 # drafts after which a plain step is measured again
     patience = 64 # plain steps after which the cost of drafts is forgotten
 
     def __init__(self):
@@ -65,4 +64,4 @@ def best(self: Pace, n: int) -> int: # tokens to draft; 0: none
         return 0
     plain, tried = median(self.known(n, 0)), self.known(n, self.draft)
     cost = median(tried) / plain if tried else 2.
-    return self.draft if expected_tokens(self.rate, self.draft)[-1] > self.gain * cost else 0
+    return self.draft if expected_tokens(self.rate, self.draft)[-1] > cost else 0
