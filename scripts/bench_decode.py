@@ -4,19 +4,22 @@
 The ways: base alone, logits processors, and tita's engine plain, lazy, drafting and auto.
 
     python scripts/bench_decode.py                     the embedded pair on this machine, one row at a time
-    python scripts/bench_decode.py --batch 1,8,32 --prompt 0,64,640 --new 32,256 --rounds 5 --out results/bench_decode
+    python scripts/bench_decode.py --reward runs/demo/reward --batch 1,8,32 --prompt 0,64,640 --new 32,256 --rounds 5
     python scripts/bench_decode.py --shape 7b/1.4b --device cuda --acceptance 0.8     random weights of that shape
+    python scripts/bench_decode.py --shape 12x768/4x256 --acceptance 0.8 --prompt 300 --opponents    arithmetic decides
 
 The ways take turns in every round; a way's figure is the median over rounds of its ratio (tokens a second) to the
 base's own greedy `generate` in that round. With --prompt 0 scenes are described and answers end where they end. With
 --prompt N the question is repeated up to N tokens and the answer has exactly --new tokens: beyond what the embedded
 models learned, so acceptance there says little. Random weights agree on nothing: with --acceptance drafts are accepted
-at that rate by lot, and the table says so. With --shape the time of a token is also counted in times of the floor: how
-long the bytes of weights and caches that it needs take at the rate of a large copy on that device.
+at that rate by lot (all forwards of all models run all the same), and the table says so. With --shape *decoding
+alone* is counted, too: the time of an answer less that of one of a single token; and the time of a token in times of
+the floor: how long the bytes of weights and caches that it needs take at the rate of a large copy on that device.
 """
 import argparse
 import contextlib
 import copy
+import math
 import os
 import platform
 import statistics
@@ -27,9 +30,10 @@ import torch
 from tita.core import TitaError, cli, run_info, write_json, write_text
 from tita.decode.decoder import AlignedDecoder
 from tita.decode.engine import Row
+from tita.decode.guidance import SAFE
 from tita.decode.hf import AlignedLogitsProcessor
 from tita.models import chat_prompt
-from tita.decode.pace import Pace, expected_tokens
+from tita.decode.pace import Pace
 from tita.decode.speculation import SpeculativeEngine
 
 QUESTION = "Describe the image."
@@ -46,6 +50,8 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "tiny": Shape(64, 4, 4, 4, 160),
+    "4x256": Shape(256, 4, 4, 4, 688),
+    "12x768": Shape(768, 12, 12, 12, 2048),
     "small": Shape(256, 8, 4, 4, 640),
     "1.4b": Shape(2048, 22, 32, 4, 5632),
     "3b": Shape(2560, 32, 32, 32, 6912),
@@ -157,17 +163,12 @@ def engine_of(dec, slots: int, draft, by_lot: float | None):
 
 
 def engine_run(dec, pairs, new: int, draft, by_lot: float | None, eos=None):
-    "Run the engine; what it counted. Plain steps teach the decoder's pace."
+    "Run the engine; what it counted."
     e = engine_of(dec, len(pairs), draft, by_lot)
     sampling = dec._sampling(eos=eos, max_new_tokens=new)
     e.submit([Row(i, question, [image], sampling, 0) for i, (image, question) in enumerate(pairs)])
-    now = time.thread_time if dec.base.device.type == "cpu" else time.perf_counter  # as the engine that drafts
     while e.busy:
-        rows, start = e.n, now()
         e.step()
-        plain = draft == 0 and dec.n_rewards
-        if plain and rows and rows == e.n:
-            dec.pace.note(rows, 0, now() - start)
     return e
 
 
@@ -184,10 +185,11 @@ class Batch:
         x["pixel_values"] = x["pixel_values"].to(dtype)
         return x
 
-    def generate(self, dec, Processor=None):
+    def generate(self, dec, Processor=None, **settings):
         "By the base's own `generate`, aligned if there is a logits processor."
         x = self.inputs(dec.base.dtype)
         how = dict(max_new_tokens=self.new, do_sample=False, pad_token_id=0, eos_token_id=None if self.forced else 2)
+        how |= settings
         if Processor is not None:
             how["logits_processor"] = [Processor(dec, x)]
         new = dec.base.generate(**x, **how)[:, x["input_ids"].shape[1]:]  # (rows, at most self.new)
@@ -202,6 +204,14 @@ class Batch:
         return self.inputs(dec.base.dtype)["input_ids"].numel() * self.new <= self.args.full_prefix
 
 
+def compiled():
+    "Settings with which `generate` compiles the forward of a static cache, on a CPU, too."
+    from transformers import CompileConfig
+    config = CompileConfig(mode="default", fullgraph=False)
+    config._compile_all_devices = True
+    return config
+
+
 def ways(dec, auto, alone, batch: Batch) -> dict:
     "Name -> a function that decodes the batch and returns (tokens, engine or None)."
     by_lot = batch.args.acceptance
@@ -209,6 +219,9 @@ def ways(dec, auto, alone, batch: Batch) -> dict:
         "base only": lambda: batch.generate(dec),
         "cached processor": lambda: batch.generate(dec, AlignedLogitsProcessor),
         "ours, base only": lambda: batch.ours(alone, 0)}
+    if batch.args.opponents:
+        out["base, static cache"] = lambda: batch.generate(dec, cache_implementation="static")
+        out["base, compiled"] = lambda: batch.generate(dec, cache_implementation="static", compile_config=compiled())
     if batch.short_enough(dec):
         out["full-prefix processor"] = lambda: batch.generate(dec, FullPrefix)
     out["ours, draft 0"] = lambda: batch.ours(dec, 0)
@@ -217,7 +230,7 @@ def ways(dec, auto, alone, batch: Batch) -> dict:
     for draft in batch.args.drafts:
         out[f"ours, draft {draft}"] = lambda draft=draft: batch.ours(dec, draft, by_lot)
     out["ours, auto"] = lambda: batch.ours(auto, "auto", by_lot)
-    return out
+    return {name: way for name, way in out.items() if any(word in name for word in batch.args.ways.split(","))}
 
 
 def size(weight) -> int: # bytes
@@ -260,70 +273,56 @@ def bandwidth(args) -> float:
     return 2 * large / copying.blocked_autorange(min_run_time=1.).median
 
 
-def predict(rows: dict, pace: Pace, batch: int, rate: float):
-    "Note beside each measured ratio the one that measured costs promise."
-    plain = rows["ours, draft 0"]["ratio"]
-    for name, row in rows.items():
-        if drafts := drafts_of(name):
-            row["predicted"] = plain / time_with_drafts(rows["ours, draft 0"], pace, batch, rate, drafts)
-    if "ours, lazy" in rows:
-        rows["ours, lazy"]["predicted"] = predicted_lazy(rows, batch)
-    rows["ours, auto"]["predicted"] = max([plain, *(r["predicted"] for r in rows.values() if "predicted" in r)])
-
-
 def drafts_of(name: str) -> int:
     "How long a way's drafts are, if their length is fixed."
     return int(name.split()[-1]) if name.startswith("ours, draft") else 0
-
-
-def time_with_drafts(plain: dict, pace: Pace, batch: int, rate: float, drafts: int) -> float:
-    "Time of a token over the time without drafts, by how many are accepted."
-    seconds_of_steps = (pace.plain(batch) or 0) * plain["tokens_per_s"] / batch
-    steps = min(1., seconds_of_steps)  # their share of the time; the rest is reading prompts
-    return 1 - steps + steps * pace.costs(batch)[drafts] / expected_tokens(rate, drafts)[drafts]
-
-
-def predicted_lazy(rows: dict, batch: int) -> float:
-    "Ratio of lazy guidance, by the share of tokens where the base is unsure: one such row makes the batch wait."
-    seconds_alone, seconds_plain = (1 / rows[f"ours, {way}"]["ratio"] for way in ("base only", "draft 0"))
-    any_unsure = 1 - (1 - rows["ours, lazy"]["unsure"])**batch
-    return 1 / (seconds_alone + any_unsure * (seconds_plain - seconds_alone))
 
 
 class Run(NamedTuple):
     "All batches of a case by one way, once."
     speed: float # tokens a second
     engines: list # None where it is not ours
+    decoding: float # tokens a second after the first, without the reading of prompts; nan where that is not measured
 
 
-def take_turns(batches: list[dict], args) -> dict[str, list[Run]]:
-    "Every way over all batches, round by round; short cases are measured more often."
-    for decode in batches[0].values():
-        decode()  # to be warm
+def take_turns(batches: list[dict], firsts: list[dict], args) -> dict[str, list[Run]]:
+    "Every way over all batches and their first tokens, round by round; short cases are measured more often."
+    for name in batches[0]:
+        batches[0][name]()  # to be warm
+        [first[name]() for first in firsts[:1]]
     runs = {name: [] for name in batches[0]}
     start, rounds = time.perf_counter(), 0
     while rounds < args.rounds or time.perf_counter() - start < args.seconds:
         rounds += 1
         for name in runs:
-            runs[name].append(timed([batch[name] for batch in batches], args))
+            runs[name].append(timed([b[name] for b in batches], [f[name] for f in firsts], args))
     return runs
 
 
-def timed(decode: list, args) -> Run:
+def timed(decode: list, firsts: list, args) -> Run:
+    seconds, done = spent(decode, args)
+    reading, first = spent(firsts, args)
+    tokens = sum(n for n, _ in done)
+    later = (tokens - sum(n for n, _ in first)) / (seconds - reading) if first and seconds > reading else math.nan
+    return Run(tokens / seconds, [engine for _, engine in done], later)
+
+
+def spent(decode: list, args) -> tuple[float, list]: # seconds, and what the calls returned
     start = clock(args.device, args.cpu_time)
     done = [f() for f in decode]
-    seconds = clock(args.device, args.cpu_time) - start
-    return Run(sum(tokens for tokens, _ in done) / seconds, [engine for _, engine in done])
+    return clock(args.device, args.cpu_time) - start, done
 
 
-def over(runs: list[Run], others: list[Run]) -> float:
+def over(runs: list[Run], others: list[Run], what: str = "speed") -> float:
     "Median ratio of speeds, round by round."
-    return statistics.median(a.speed / b.speed for a, b in zip(runs, others))
+    return statistics.median(getattr(a, what) / getattr(b, what) for a, b in zip(runs, others))
 
 
 def figures(name: str, runs: list[Run], base: list[Run], copied: float | None) -> dict:
     "What is noted about a way. `copied`: bytes a second of a large copy."
     row = dict(tokens_per_s=statistics.median(r.speed for r in runs), ratio=over(runs, base))
+    if not any(math.isnan(r.decoding) for r in (*runs, *base)):
+        row["decoding_ratio"] = over(runs, base, "decoding")
     if name.startswith("ours"):
         row |= counted(runs[-1].engines)
         if copied:
@@ -343,11 +342,12 @@ def case(decoders: Decoders, processor, scenes, batch: int, prompt: int, new: in
     described = batch if prompt else max(batch, args.scenes // batch * batch)
     pairs = questions(processor, scenes, prompt)[:described]
     parts = [Batch(processor, pairs[i:i + batch], new, bool(prompt), args) for i in range(0, len(pairs), batch)]
-    runs = take_turns([ways(*decoders, part) for part in parts], args)
+    firsts = [Batch(processor, part.pairs, 1, True, args) for part in parts] if args.shape else []
+    runs = take_turns(*([ways(*decoders, part) for part in x] for x in (parts, firsts)), args)
     rows = {name: figures(name, way, runs["base only"], args.bandwidth) for name, way in runs.items()}
-    rows["ours, auto"]["to_draft_0"] = over(runs["ours, auto"], runs["ours, draft 0"])
-    pace = decoders.plain.pace
-    predict(rows, pace, batch, args.acceptance if args.acceptance is not None else pace.rate)
+    auto = runs["ours, auto"]
+    rows["ours, auto"]["to_draft_0"] = over(auto, runs["ours, draft 0"])
+    rows["ours, auto"]["to_best_draft"] = min(over(auto, runs[name]) for name in runs if drafts_of(name))
     return dict(batch=batch, prompt=prompt, new=new, rounds=len(runs["base only"]), ways=rows)
 
 
@@ -410,20 +410,22 @@ def table(head: list, rows: list) -> str:
     return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows])
 
 
-RATIOS = "full-prefix processor", "cached processor", "ours, base only", "ours, draft 0", "ours, lazy"
+RATIOS = ("base, static cache", "base, compiled", "full-prefix processor", "cached processor", "ours, base only",
+    "ours, draft 0", "ours, lazy")
 
 
 def speed_table(cases: list) -> str:
     "A row a case, a column a way; ratios to the base's own generate."
-    head = ["case", "base only, tokens/s", *RATIOS, "ours, speculative", "ours, auto", "auto to draft 0"]
-    return table(head, [speed_row(c) for c in cases])
+    shown = [name for name in RATIOS if any(name in c["ways"] for c in cases)]
+    head = ["case", "base only, tokens/s", *shown, "ours, speculative", "ours, auto", "auto to draft 0", "auto to best"]
+    return table(head, [speed_row(c, shown) for c in cases])
 
 
-def speed_row(c: dict) -> list[str]:
+def speed_row(c: dict, shown: list[str]) -> list[str]:
     ways, fastest = c["ways"], best(c)
-    ratios = [f"{ways[name]['ratio']:.2f}" if name in ways else "-" for name in RATIOS]
+    ratios = [f"{ways[name]['ratio']:.2f}" if name in ways else "-" for name in shown]
     speculative = f"{ways[fastest]['ratio']:.2f} (k={drafts_of(fastest)})"
-    auto = [f"{ways['ours, auto'][k]:.2f}" for k in ("ratio", "to_draft_0")]
+    auto = [f"{ways['ours, auto'][k]:.2f}" for k in ("ratio", "to_draft_0", "to_best_draft")]
     return [title(c), f"{ways['base only']['tokens_per_s']:.0f}", *ratios, speculative, *auto]
 
 
@@ -434,13 +436,13 @@ COSTS = {
     "other forwards a token": lambda r: f"{r['other_forwards_per_token']:.2f}",
     "MB a token": lambda r: f"{r['bytes_per_token'] / 1e6:.2f}",
     "times the floor": lambda r: f"{r['floors']:.2f}",
-    "predicted": lambda r: f"{r['predicted']:.2f}",
-    "measured": lambda r: f"{r['ratio']:.2f}"}
+    "whole answers": lambda r: f"{r['ratio']:.2f}",
+    "decoding alone": lambda r: f"{r['decoding_ratio']:.2f}"}
 
 
 def cost_table(cases: list) -> str:
-    "What each of our ways reads and runs for a token, and what that promises."
-    ours = [(c, name) for c in cases for name in c["ways"] if name.startswith("ours")]
+    "What each way reads and runs for a token, and how fast it is: times the base's own generate."
+    ours = [(c, name) for c in cases for name in c["ways"] if name.startswith(("ours", "base, "))]
     return table(["case", "way", *COSTS], [[title(c), name, *cost_row(c["ways"][name])] for c, name in ours])
 
 
@@ -454,21 +456,33 @@ def cost_row(way: dict) -> list[str]:
     return [cell(write) for write in COSTS.values()]
 
 
+GOALS = {.8: (1.6, 1.8), .9: (2., 2.4)} # acceptance -> times the base alone: whole answers, decoding alone
+
+def goals_of(args: dict) -> tuple[float, float, str]:
+    "What whole answers and decoding alone are to reach, and what the answers are."
+    if args["shape"]:
+        return *GOALS.get(args["acceptance"], (1.5, 1.5)), "whole answers"
+    return 2., 2., "descriptions"
+
+
 def targets(result: dict) -> list:
     "What was to be reached, and what was."
-    cases, random = result["cases"], result["args"]["shape"]
+    cases = result["cases"]
     one = [c for c in cases if c["batch"] == 1]
     said = [c for c in one if not c["prompt"]] or one
-    six = result["six_questions"]
-    drafting = [c["ways"][best(c)]["ratio"] for c in said]
+    whole, decoding, what = goals_of(result["args"])
+    autos = [c["ways"]["ours, auto"] for c in cases]
+    at_one = [c["ways"]["ours, auto"] for c in said]
     plain = [c["ways"]["ours, draft 0"]["ratio"] for c in cases]
-    auto = [c["ways"]["ours, auto"]["to_draft_0"] for c in cases]
     rows = [
-        (f"speculative at batch 1{'' if random else ', descriptions'}: times the base alone",
-            min(drafting, default=None), 1.5 if random else 1.3),
+        (f"auto at batch 1, {what}: times the base alone", min((a["ratio"] for a in at_one), default=None), whole),
+        ("auto at batch 1, decoding alone: times the base alone",
+            min((a["decoding_ratio"] for a in at_one if "decoding_ratio" in a), default=None), decoding),
         ("draft 0: times the base alone, lowest of all cases", min(plain), .85),
-        ("auto: times draft 0, lowest of all cases", min(auto), .95),
-        (f"six questions on one image, prompt of {six['prompt']}: times one by one", six["ratio"], 3.)]
+        ("auto: times draft 0, lowest of all cases", min(a["to_draft_0"] for a in autos), .95),
+        ("auto: times the best fixed draft, lowest of all cases", min(a["to_best_draft"] for a in autos), .95)]
+    if six := result["six_questions"]:
+        rows.append((f"six questions on one image, prompt of {six['prompt']}: times one by one", six["ratio"], 3.))
     floors = [c["ways"]["ours, base only"].get("floors") for c in one]
     if any(floors) and result["args"]["device"].startswith("cuda"):
         rows.append(("base only at batch 1: share of what memory allows (its floor over its time), lowest",
@@ -491,13 +505,14 @@ def how_made(result: dict) -> str:
     a, rounds = result["args"], [c["rounds"] for c in result["cases"]]
     what = "the embedded models" + (" with a trained reward" if a["reward"] else "")
     if a["shape"]:
-        what = f"random weights of shape {a['shape']}"
+        what = f"random weights of shape {a['shape']}" # no reward could be trained on these
     said = [
         f"Made by `python scripts/bench_decode.py` on {what}: {result['form']}, λ = {a['lam']:g}, "
-        f"bound {a['bound']:g} nats, {a['dtype']}.",
+        f"bound {a['bound']:g} nats, gate {a['gate']}, {a['dtype']}.",
         where_made(result),
         f"The ways take turns; a ratio is the median of {min(rounds)} to {max(rounds)} paired rounds, "
-        "tokens a second over those of the base's own greedy `generate`."]
+        "tokens a second over those of the base's own greedy `generate`. Other programs ran on this machine meanwhile: "
+        "compare ratios, not times."]
     if a["acceptance"] is not None:
         said.append(f"Drafts are accepted by lot, at {a['acceptance']}.")
     if a["bandwidth"]:
@@ -529,12 +544,15 @@ def parse() -> argparse.Namespace:
     p.add_argument("--batch", type=numbers, default=[1], help="rows at once, as in 1,8,32")
     p.add_argument("--prompt", type=numbers, default=[0], help="tokens, as in 64,640; 0: the question as it is")
     p.add_argument("--new", type=numbers, default=[64], help="new tokens, as in 32,256")
-    p.add_argument("--drafts", type=numbers, default=[2, 4], help="draft lengths, beside 0 and auto")
+    p.add_argument("--drafts", type=numbers, default=[3, 4, 7], help="draft lengths, beside 0 and auto")
     p.add_argument("--seed", type=int, default=0, help="which embedded pair")
     p.add_argument("--reward", help="folder of a trained reward; its reference is then the embedded one (form ratio)")
     p.add_argument("--form", help="interpolate, ratio, arm [ratio with --reward or --shape, else interpolate]")
-    p.add_argument("--lam", type=float, default=.6)
-    p.add_argument("--bound", type=float, default=1., help="nats, 0 for none")
+    p.add_argument("--lam", type=float, default=SAFE["lam"])
+    p.add_argument("--bound", type=float, default=SAFE["bound"], help="nats, 0 for none")
+    p.add_argument("--gate", default=SAFE["gate"], help="'' for none")
+    p.add_argument("--opponents", action="store_true", help="`generate` with a static cache, and compiled, too")
+    p.add_argument("--ways", default="", help="only ways whose names hold one of these, as in base,draft,auto")
     p.add_argument("--shape", help="random weights instead, base/reward, of " + ", ".join(SHAPES))
     p.add_argument("--vocab", type=int, default=32064, help="of those")
     p.add_argument("--acceptance", type=float, help="accept drafts by lot at this rate")
@@ -555,7 +573,8 @@ def parse() -> argparse.Namespace:
 def make_decoders(models: list, processor, form: str, args) -> Decoders:
     base, reward, before = models
     reference = before if form == "ratio" else None
-    dec = AlignedDecoder(base, reward, processor, reference, form=form, lam=args.lam, bound=args.bound or None)
+    dec = AlignedDecoder(base, reward, processor, reference, form=form, lam=args.lam, bound=args.bound or None,
+        gate=args.gate or None)
     auto = copy.copy(dec)
     auto.pace = Pace()  # it knows what it has measured itself, as a user's does
     return Decoders(dec, auto, dec.alone())
@@ -588,7 +607,7 @@ def main():
     load_now = lambda: os.getloadavg()[0]
     here = dict(name=machine(args), load_before=load_now())
     result = dict(cases=[], **run_info(), form=form, args=vars(args), machine=here)
-    result["six_questions"] = six_questions(scenes, args)
+    result["six_questions"] = None if args.shape else six_questions(scenes, args)
     for batch, prompt, new in cases_of(args):
         result["cases"].append(case(decoders, processor, scenes, batch, prompt, new, args))
         here["load_after"] = load_now()

@@ -764,7 +764,7 @@ WAYS = {"base only", "cached processor", "full-prefix processor", "ours, draft 0
 @pytest.mark.slow
 def test_bench(tmp_path):
     said, page = bench(tmp_path, "--scenes", 2, "--batch", "1,2", "--prompt", "0,64", "--new", 4)
-    assert len(said["cases"]) == 4 and len(said["targets"]) == 4
+    assert len(said["cases"]) == 4 and len(said["targets"]) == 5
     for c in said["cases"]:
         assert WAYS <= set(c["ways"]) and all(w["tokens_per_s"] > 0 for w in c["ways"].values())
     assert "| batch 2, prompt of 64, 4 new tokens |" in page
