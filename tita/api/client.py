@@ -407,8 +407,8 @@ class EndpointAnswerer:
 
     def picture(self, row: dict):
         "The image of a row: a path, a Pillow image, or None."
-        if not row.get("image"):
-            return None
+        if not row.get("image") or not isinstance(row["image"], str):
+            return row.get("image") or None
         named = isinstance(self.images, (str, Path))
         return image_path(self.images, row["image"]) if named else self.images[row["image"]]
 
