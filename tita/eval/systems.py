@@ -23,7 +23,7 @@ from ..decode.engine import Row
 from ..decode.experts import Counts
 from ..decode.prompts import Encoder
 from .evaluation import Said, answerer
-from .tasks import LETTERS
+from .tasks import OPTION_LETTERS
 from ..models import answer_ids
 
 # %% ../../nbs/eval/64_systems.ipynb #e6400006
@@ -257,7 +257,7 @@ def likeliest(decoder: AlignedDecoder, rows: Iterable[dict], **settings) -> Iter
     for r in rows:
         try:
             scores = log_likelihoods(decoder, r["image"], r["text"], r["options"])
-            yield Said(LETTERS[max(range(len(scores)), key=scores.__getitem__)], None, r)
+            yield Said(OPTION_LETTERS[max(range(len(scores)), key=scores.__getitem__)], None, r)
         except TitaError as e:
             yield Said("", str(e), r)
 
@@ -275,6 +275,7 @@ def decoder_system(
     hashes = {k: fingerprint(m) for k, m in models.items()}
     g = decoder.guidance
     how = dict(form=g.form, lam=g.lam, bound=g.bound, gate=str(g.gate) if g.gate else None) if g.active else dict(lam=0)
-    about = dict(models=hashes, guidance=how, **about) | ({"search": search.__name__} if search else {}) | settings
+    about = dict(models=hashes, guidance=how, **about) | ({"search": search.__name__} if search else {})
+    about |= {k: v for k, v in settings.items() if k != "window"}  # what is read ahead changes no answer
     answers = partial(search, decoder, **settings) if search else answerer(decoder, **settings)
     return System(name, answers, about)
