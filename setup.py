@@ -28,7 +28,8 @@ class BuildWithData(build_py):
         to = Path(self.build_lib)/cfg["lib_path"]/"_shipped"
         shutil.rmtree(to, ignore_errors=True)
         shutil.copytree(root/"data/world", to/"world")
-        shutil.copy2(root/"data/providers.toml", to)
+        for name in ("providers.toml", "coco_objects.txt"):
+            shutil.copy2(root/"data"/name, to)
 
 
 setup(

@@ -32,7 +32,8 @@ def built(tmp_path_factory):
 
 def data_files():
     "What a user of an installed package needs of the repository's `data`."
-    files = [p for p in (ROOT/"data/world").rglob("*") if p.is_file()] + [ROOT/"data/providers.toml"]
+    files = [p for p in (ROOT/"data/world").rglob("*") if p.is_file()]
+    files += [ROOT/"data/providers.toml", ROOT/"data/coco_objects.txt"]
     return {p.relative_to(ROOT/"data").as_posix() for p in files}
 
 

@@ -86,7 +86,7 @@ def text_of(path):
 # What a room may import beside itself and the root. The embedded world is every room's example.
 EDGES = {
     "": set(), "world": set(), "decode": {"world"}, "api": set(), "train": {"world"},
-    "data": {"decode", "api", "world"}, "eval": {"decode", "api", "world"}, "show": {"eval", "world"},
+    "data": {"decode", "api", "world"}, "eval": {"decode", "api", "show", "world"}, "show": {"eval", "world"},
     "bench": {"api", "eval", "show", "world"}, "serve": {"decode", "api", "show", "world"},
     "studies": {"world", "decode", "api", "data", "train", "eval", "show", "bench"}}
 

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['PERCENTILES', 'tidy', 'same_question', 'read_results', 'after_thinking', 'mark', 'wilson', 'bootstrap_mean',
-           'compare_right', 'compare_times', 'holm', 'percentiles', 'busy_seconds', 'wall_seconds', 'summarise',
-           'by_load', 'main_rows', 'compare', 'unpaired_notes']
+           'compare_right', 'compare_times', 'percentiles', 'busy_seconds', 'wall_seconds', 'summarise', 'by_load',
+           'main_rows', 'compare', 'unpaired_notes']
 
 # %% ../../nbs/bench/72_scores.ipynb #5305389f
-import math, re
+import json, math, re
 from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
 import numpy as np
 from ..core import TitaError, iter_jsonl
-from ..eval.metrics import normalise, parse_yes_no
+from ..eval.metrics import holm, normalise, parse_yes_no
 
 # %% ../../nbs/bench/72_scores.ipynb #f4885706
 _OLD = dict(model_name="model", error_message="error")
@@ -188,17 +188,6 @@ def compare_times(
     low, high = bootstrap_mean(logs)
     p = float(wilcoxon(logs).pvalue) if np.any(logs) else 1.
     return dict(n=len(logs), ratio=float(np.exp(logs.mean())), low=math.exp(low), high=math.exp(high), p=p)
-
-# %% ../../nbs/bench/72_scores.ipynb #ff7a255a
-def holm(
-    p, # p-values of one family of tests
-) -> list[float]: # adjusted, in the same order
-    "Holm's step-down correction for several tests."
-    order, out, top = np.argsort(p), [0.] * len(p), 0.
-    for rank, i in enumerate(order):
-        top = max(top, min(1., (len(p) - rank) * p[i]))
-        out[i] = float(top)
-    return out
 
 # %% ../../nbs/bench/72_scores.ipynb #24a3d963
 PERCENTILES = 50, 90, 95, 99
