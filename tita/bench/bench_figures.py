@@ -104,7 +104,8 @@ def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
         return [float(f"{v:.6g}") for v in values if low <= v <= high]
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [inside(10.**e for e in powers[::step]) for step in (3, 2)]
-    found += [inside(m * 10.**e for e in powers for m in ladder) for ladder in ([1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 5, 7])]
+    for ladder in (1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7):
+        found.append(inside(m * 10.**e for e in powers for m in ladder))
     finest = max((ticks for ticks in found if len(ticks) <= most), key=len)
     return finest if len(finest) > 2 else inside(MaxNLocator(4).tick_values(low, high))
 

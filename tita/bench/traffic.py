@@ -445,11 +445,7 @@ def run_load(
 ) -> dict: # what happened: asked, before, failed, spent, currency, seconds, left, errors
     "Put questions to endpoints, and append a row for each as it ends. What has a row is not asked again."
     start = time.monotonic()
-    check_budget(endpoints, loads[0])
-    if not answer:
-        check_alive(endpoints)
-    if strict:
-        check_images(questions, images)
+    _check_start(endpoints, loads[0], images, questions if strict else (), over_http=not answer)
     with JsonlWriter(out, key=lambda r: r.get("key")) as writer:
         done, before = spent_before(out, retry_failed)
         batches, budget = plan(questions, endpoints, settings, loads, images, done), Budget(loads[0].max_cost, before)
@@ -462,7 +458,14 @@ def run_load(
     return board.result(there, total - board.rows, time.monotonic() - start)
 
 # %% ../../nbs/bench/70_traffic.ipynb #a7009c12
-def _ask_all(batches, settings, images, board: Board, answer):
+def _check_start(endpoints, load: Load, images, questions, over_http: bool):
+    "What could stop a run in its middle is looked at before; the images of some questions, too. Raises `TitaError`."
+    check_budget(endpoints, load)
+    if over_http:
+        check_alive(endpoints)
+    check_images(questions, images)
+
+def _ask_all(batches, settings: Settings, images, board: Board, answer):
     "One batch after the other, on one board."
     async def over_http():
         for e, load, jobs in batches:
