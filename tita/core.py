@@ -86,8 +86,8 @@ def from_options(
             made = kind(**{f.name: given.pop(f.name) for f in fields})
             return command(**given, **{parameter: made})
         own = [p for p in inspect.signature(command).parameters.values() if p.name != parameter]
-        new = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default,
-            annotation=option(f.type, told[f.name])) for f in fields]
+        how = {f.name: dict(default=f.default, annotation=option(f.type, told[f.name])) for f in fields}
+        new = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, **more) for name, more in how.items()]
         wrapped.__signature__ = inspect.Signature(own + new)
         wrapped.__annotations__ = {p.name: p.annotation for p in own + new}
         return wrapped

@@ -27,10 +27,7 @@ class Persona:
 # %% ../../nbs/api/31_standin.ipynb #1b882a7f
 FAULTS = "429 408 409 500 503 400 401 403 404 422 quota drop cut truncate json error hang".split()
 
-def draw_fault(
-    faults: dict, # fault -> probability
-    *parts, # what the draw depends on
-) -> str | None:
+def draw_fault(faults: dict, *parts) -> str | None:
     "Draw a fault, or none."
     u = random.Random(seed_for("fault", *parts)).random()
     for name, p in faults.items():
