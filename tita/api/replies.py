@@ -19,18 +19,17 @@ class Kind(NamedTuple):
     again: bool = False # is it worth another attempt?
     everyone: bool = False # does it concern every request?
 
-_BAD_KEY, _BROKEN = Kind("{url} refuses the key ({said}); set {key}", everyone=True), Kind("{said}", again=True)
-KINDS = dict(
-    bad_request=Kind(), too_large=Kind(), unprocessable=Kind(), redirect=Kind(), quota=Kind(),
-    authentication=_BAD_KEY, permission=_BAD_KEY,
+KINDS = dict.fromkeys("bad_request too_large unprocessable redirect quota".split(), Kind())
+KINDS |= dict.fromkeys("request_timeout conflict rate_limit server_error".split(), Kind(again=True))
+KINDS |= dict.fromkeys(("truncated", "invalid_json", "stream_error"), Kind("{said}", again=True))
+KINDS |= dict.fromkeys(("empty", "content_filter", "tool_calls"), Kind("{said}"))
+KINDS |= dict.fromkeys(("authentication", "permission"), Kind("{url} refuses the key ({said}); set {key}", everyone=True))
+KINDS |= dict(
     not_found=Kind("{url} does not know the model {model!r} or the path ({said}); check both", everyone=True),
-    request_timeout=Kind(again=True), conflict=Kind(again=True),
-    rate_limit=Kind(again=True), server_error=Kind(again=True),
     connection=Kind("no connection to {url} ({said}); is the server running?", again=True),
     timeout=Kind("no answer within {seconds:g} s", again=True),
     protocol=Kind("what {url} sends is not HTTP as it should be ({said}); is the address right, with http or https?"),
-    truncated=_BROKEN, invalid_json=_BROKEN, stream_error=_BROKEN,
-    empty=Kind("{said}"), content_filter=Kind("{said}"), tool_calls=Kind("{said}"), refusal=Kind("refused: {said}"))
+    refusal=Kind("refused: {said}"))
 STATUS = {400: "bad_request", 401: "authentication", 402: "quota", 403: "permission", 404: "not_found",
     408: "request_timeout", 409: "conflict", 413: "too_large", 422: "unprocessable", 429: "rate_limit"}
 

@@ -252,9 +252,8 @@ def note(self: StandIn, body: dict) -> str | None: # the fault that disturbs it
     self.times[model, prompt] += 1
     own = self.models[model].faults
     fault = draw_fault(self.faults if own is None else own, self.seed, model, prompt, times)
-    asked = {k: v for k, v in body.items() if k != "messages"}
-    self.log.append(dict(model=model, prompt=prompt, fault=fault, time=time.time(), images=images,
-        stream=bool(body.get("stream")), body=asked))
+    asked = dict(stream=bool(body.get("stream")), body={k: v for k, v in body.items() if k != "messages"})
+    self.log.append(dict(model=model, prompt=prompt, fault=fault, time=time.time(), images=images, **asked))
     return fault
 
 @patch

@@ -17,10 +17,10 @@ from ..eval.metrics import normalise, parse_yes_no
 
 # %% ../../nbs/bench/72_scores.ipynb #f4885706
 _OLD = dict(model_name="model", error_message="error")
-_TOKENS = dict(input_tokens=0, output_tokens=0, total_tokens=0, tokens_estimated=False)
-_EMPTY = dict(prompt="", response="", image="", kind="", answer=None, **_TOKENS, ttft=None, ttfat=None, itl=(),
-    response_time=0., queued=0., attempts=(), error=None, error_kind=None, cost=None, currency=None,
-    concurrency=None, rate=None, started=None)
+_UNKNOWN = "answer ttft ttfat error error_kind cost currency concurrency rate started".split()
+_NUMBERS = "response_time queued input_tokens output_tokens total_tokens tokens_estimated".split()
+_EMPTY = dict.fromkeys(_UNKNOWN) | dict.fromkeys(_NUMBERS, 0) | dict(itl=(), attempts=())
+_EMPTY |= dict.fromkeys(("prompt", "response", "image", "kind"), "")
 
 def tidy(
     row: dict, # of a result file, ours or the original's
@@ -83,15 +83,14 @@ def read_results(
             place = found.setdefault((row["model"], name.with_suffix("").as_posix()), {})
             asked = same_question(row), row["concurrency"], row["rate"]
             if asked in place:
-                odd.append(f"{name}: results of {row['model']} with different settings; "
-                    "the newest of each question counts")
+                kept = "the newest of each question counts"
+                odd.append(f"{name}: results of {row['model']} with different settings; {kept}")
             place[asked] = row
     if not found:
         raise TitaError(f"{folder}: no results in it; `tita-bench run --out {folder}/NAME.jsonl` makes some")
     files = Counter(model for model, _ in found)
-    systems = {model if files[model] == 1 else f"{model} ({file})": list(rows.values())
-        for (model, file), rows in found.items()}
-    return systems, list(dict.fromkeys(odd))
+    names = {place: place[0] if files[place[0]] == 1 else "{} ({})".format(*place) for place in found}
+    return {names[place]: list(rows.values()) for place, rows in found.items()}, list(dict.fromkeys(odd))
 
 # %% ../../nbs/bench/72_scores.ipynb #0f785a2e
 def after_thinking(response: str) -> str:
@@ -139,7 +138,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return float(ci.low), float(ci.high)
 
 # %% ../../nbs/bench/72_scores.ipynb #600bb956
-def bootstrap_mean(values, n: int = 4000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_mean(values, n: int = 4000) -> tuple[float, float]:
     "95% percentile interval of a mean over questions."
     from scipy.stats import bootstrap
     values = np.asarray(values, float)
@@ -147,7 +146,7 @@ def bootstrap_mean(values, n: int = 4000, seed: int = 0) -> tuple[float, float]:
         return math.nan, math.nan
     if np.ptp(values) == 0:
         return (float(values.mean()),) * 2
-    at_once, rng = max(1, 2**22 // len(values)), np.random.default_rng(seed) # resamples that fit into memory
+    at_once, rng = max(1, 2**22 // len(values)), np.random.default_rng(0) # resamples that fit into memory
     drawn = bootstrap((values,), np.mean, n_resamples=n, batch=at_once, method="percentile", rng=rng)
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
@@ -228,10 +227,9 @@ def _per_token(r) -> float | None:
 
 def _times(ok) -> dict:
     "Percentiles of all times of the answers."
-    times = dict(latency=(r["response_time"] for r in ok),
-        latency_with_retries=(r["total_time"] + r["queued"] for r in ok),
-        ttft=(r["ttft"] for r in ok), ttfat=(r["ttfat"] for r in ok), itl=(t for r in ok for t in r["itl"]),
-        tpot=(_per_token(r) for r in ok))
+    times = {k: [r[k] for r in ok] for k in ("ttft", "ttfat")} | dict(latency=[r["response_time"] for r in ok])
+    times["latency_with_retries"] = [r["total_time"] + r["queued"] for r in ok]
+    times |= dict(itl=[t for r in ok for t in r["itl"]], tpot=map(_per_token, ok))
     return {name: percentiles(values) for name, values in times.items()}
 
 # %% ../../nbs/bench/72_scores.ipynb #a7209c0a
@@ -268,9 +266,10 @@ def _troubles(rows) -> dict:
     tries = [t for r in rows for t in r["attempts"]]
     failed = Counter(r["error_kind"] for r in rows if not r["success"])
     attempts = Counter(t["error"] for t in tries if t["error"])
-    return dict(errors=dict(failed.most_common()), attempt_errors=dict(attempts.most_common()),
-        attempts=len(tries) or len(rows), retried=sum(len(r["attempts"]) > 1 for r in rows),
-        cut_short=sum(r["success"] and r.get("finish_reason") == "length" for r in rows))
+    errors = dict(errors=dict(failed.most_common()), attempt_errors=dict(attempts.most_common()))
+    cut_short = sum(r["success"] and r.get("finish_reason") == "length" for r in rows)
+    retried = sum(len(r["attempts"]) > 1 for r in rows)
+    return dict(errors, attempts=len(tries) or len(rows), retried=retried, cut_short=cut_short)
 
 def summarise(
     rows: list, # of one system under one load
@@ -281,9 +280,10 @@ def summarise(
     kinds = sorted({r["kind"] for r in rows if r["kind"]})
     by_kind = {k: _accuracy([r for r in rows if r["kind"] == k], match) for k in kinds}
     right = accuracy["value"] / 100 * accuracy["n"] if accuracy else 0
-    return dict(questions=len(rows), succeeded=len(ok), success=_share(len(ok), len(rows)), accuracy=accuracy,
-        accuracy_by_kind={k: a for k, a in by_kind.items() if a}, **_times(ok), **_throughput(rows), **_tokens(ok),
-        cost=_money(rows, right), **_troubles(rows))
+    counted = dict(questions=len(rows), succeeded=len(ok), success=_share(len(ok), len(rows)))
+    scored = dict(accuracy=accuracy, accuracy_by_kind={k: a for k, a in by_kind.items() if a})
+    spent = _tokens(ok) | dict(cost=_money(rows, right))
+    return counted | scored | _times(ok) | _throughput(rows) | spent | _troubles(rows)
 
 # %% ../../nbs/bench/72_scores.ipynb #0631d571
 def by_load(rows: list) -> dict:
@@ -310,8 +310,9 @@ def _pair(first: list, second: list, match: str) -> dict:
     marks = [tuple(mark(r["response"], r["answer"], match) for r in pair) for pair in both]
     marks = [m for m in marks if None not in m]
     times = [t for pair in both if min(t := tuple(r["response_time"] for r in pair)) > 0]
-    return dict(accuracy=compare_right(*zip(*marks)) if marks else None,
-        latency=compare_times(*zip(*times)) if times else None, unpaired=_unpaired(first, second))
+    accuracy = compare_right(*zip(*marks)) if marks else None
+    latency = compare_times(*zip(*times)) if times else None
+    return dict(accuracy=accuracy, latency=latency, unpaired=_unpaired(first, second))
 
 # %% ../../nbs/bench/72_scores.ipynb #747791ba
 def _correct(pairs: list):
@@ -332,8 +333,9 @@ def compare(
     def sweep(loads):
         return [dict(concurrency=c, rate=r, **summarise(rows, match)) for (c, r), rows in loads.items()]
     loads = {name: by_load(rows) for name, rows in systems.items()}
-    return dict(match=match, systems={n: summarise(rows, match) for n, rows in main.items()}, pairs=pairs,
-        sweeps={name: sweep(l) for name, l in loads.items() if len(l) > 1})
+    summaries = {n: summarise(rows, match) for n, rows in main.items()}
+    sweeps = {name: sweep(l) for name, l in loads.items() if len(l) > 1}
+    return dict(match=match, systems=summaries, pairs=pairs, sweeps=sweeps)
 
 # %% ../../nbs/bench/72_scores.ipynb #a7209c0e
 def unpaired_notes(
@@ -345,6 +347,6 @@ def unpaired_notes(
         alone = p["unpaired"]
         same = f", {alone['same_id']} of them under the same id with other words or another image"
         if alone["first"] or alone["second"]:
-            notes.append(f"{p['first']} and {p['second']}: {alone['first']} and {alone['second']} questions "
-                "were asked of one only" + same * bool(alone["same_id"]))
+            who, n = f"{p['first']} and {p['second']}", f"{alone['first']} and {alone['second']}"
+            notes.append(f"{who}: {n} questions were asked of one only" + same * bool(alone["same_id"]))
     return notes

@@ -118,14 +118,14 @@ def pope(
     truth = np.array(labels, dtype=str)
     says_yes, is_yes, every = (x.astype(float) for x in (said == "yes", truth == "yes", truth != ""))
     both = says_yes * is_yes
-    parts = dict(accuracy=(said == truth, every), precision=(both, says_yes), recall=(both, is_yes),
-        f1=(2 * both, says_yes + is_yes), yes_ratio=(says_yes, every))
+    parts = dict(accuracy=(said == truth, every), precision=(both, says_yes), recall=(both, is_yes))
+    parts |= dict(f1=(2 * both, says_yes + is_yes), yes_ratio=(says_yes, every))
     return {k: per_scene(num, den, scenes, n) for k, (num, den) in parts.items()}
 
 # %% ../../nbs/eval/60_metrics.ipynb #5828bddd
-_PLURALS = dict(human="humans", person="people", man="men", woman="women", child="children", mouse="mice",
-    goose="geese", sheep="sheep", fish="fish", knife="knives", wolf="wolves", leaf="leaves", shelf="shelves",
-    scarf="scarves", calf="calves", foot="feet", tooth="teeth")
+_PLURALS = dict(pair.split(":") for pair in (
+    "human:humans person:people man:men woman:women child:children mouse:mice goose:geese sheep:sheep fish:fish "
+    "knife:knives wolf:wolves leaf:leaves shelf:shelves scarf:scarves calf:calves foot:feet tooth:teeth").split())
 _COMPOUNDS = "man", "child" # snowman, grandchild
 
 def _irregular(word: str) -> list[str]:
@@ -330,8 +330,8 @@ def _check_paired(sizes: Mapping):
     "All systems have to be scored on the same scenes."
     few, many = min(sizes, key=sizes.get, default=None), max(sizes, key=sizes.get, default=None)
     if few and sizes[few] != sizes[many]:
-        raise TitaError(f"{'/'.join(few)} has {sizes[few]} scenes and {'/'.join(many)} has {sizes[many]}; "
-            "score all systems on the same scenes with the same n")
+        differ = f"{'/'.join(few)} has {sizes[few]} scenes and {'/'.join(many)} has {sizes[many]}"
+        raise TitaError(f"{differ}; score all systems on the same scenes with the same n")
     if not few or not sizes[few]:
         raise TitaError("no scenes to resample; score some answers first")
 
@@ -343,29 +343,28 @@ def _stack(systems: Mapping) -> tuple[list, np.ndarray, np.ndarray]:
     return list(parts), num, den
 
 # %% ../../nbs/eval/60_metrics.ipynb #a5c09b16
-def _interval(draws: np.ndarray, level: float) -> tuple:
-    "Percentile interval; None where no resample had anything to divide by."
+def _interval(draws: np.ndarray) -> tuple:
+    "95% percentile interval; None where no resample had anything to divide by."
     draws = draws[~np.isnan(draws)]
     if not len(draws):
         return None, None
-    return tuple(float(q) for q in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
+    return tuple(float(q) for q in np.quantile(draws, [.025, .975]))
 
-def _cell(values, draws, i: int, j: int | None, level: float) -> dict:
+def _cell(values, draws, i: int, j: int | None) -> dict:
     "Column i's score and its difference from column j (None: no such metric) with their intervals."
-    score = values[i], *_interval(draws[:, i], level)
-    delta = (None,) * 3 if j is None else (values[i] - values[j], *_interval(draws[:, i] - draws[:, j], level))
+    score = values[i], *_interval(draws[:, i])
+    delta = (None,) * 3 if j is None else (values[i] - values[j], *_interval(draws[:, i] - draws[:, j]))
     names = "value", "low", "high", "delta", "delta_low", "delta_high"
     return {k: None if v is None or np.isnan(v) else float(v) for k, v in zip(names, (*score, *delta))}
 
 # %% ../../nbs/eval/60_metrics.ipynb #9c2abff6
 def bootstrap(
-    systems: Mapping[str, Mapping], # name -> metric -> (numerators, denominators) over the same scenes, as from `score`
-    reference: Mapping[str, str] | str | None = None, # what each is compared with, or all; None: `default_reference`
+    systems: Mapping[str, Mapping], # name -> metric -> (numerators, denominators) over the same scenes
+    reference: Mapping[str, str] | str | None = None, # what each or all are compared with; None: `default_reference`
     n: int = 2000, # resamples
     seed: int = 0, # of the resamples
-    level: float = 0.95, # share of the resamples inside the interval
 ) -> dict: # "systems" -> name -> metric -> value, low, high, delta, delta_low, delta_high; percent
-    "Scores and paired differences with bootstrap intervals over scenes."
+    "Scores and paired differences with 95% bootstrap intervals over scenes; `score` makes what goes in."
     if isinstance(reference, str):
         reference = dict.fromkeys(systems, reference)
     reference = reference or default_reference(systems)
@@ -379,7 +378,7 @@ def bootstrap(
         draws = np.concatenate([100 * (w @ num) / (w @ den) for w in blocks]) # (resamples, columns)
     out = {s: {} for s in systems}
     for (s, m), i in column.items():
-        out[s][m] = _cell(values, draws, i, column.get((reference.get(s, s), m)), level)
+        out[s][m] = _cell(values, draws, i, column.get((reference.get(s, s), m)))
     return {"systems": out}
 
 # %% ../../nbs/eval/60_metrics.ipynb #e954806c
@@ -428,8 +427,8 @@ def calibration(
     if not len(p):
         return dict(said=p, true=p, count=p, ece=0.)
     if not 0 <= p.min() <= p.max() <= 1:
-        raise TitaError(f"probabilities from {p.min():g} to {p.max():g}; they lie between 0 and 1 "
-            "(exp of log-probabilities?)")
+        cure = "they lie between 0 and 1 (exp of log-probabilities?)"
+        raise TitaError(f"probabilities from {p.min():g} to {p.max():g}; {cure}")
     true, said = calibration_curve(right, p, n_bins=bins)
     count = np.bincount(np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], p))
     count = count[count > 0]

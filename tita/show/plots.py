@@ -23,9 +23,10 @@ from ..core import TitaError
 from ..eval.metrics import METRICS, Metric, default_reference, verdict_of
 
 # %% ../../nbs/show/65_plots.ipynb #a6509c02
-CJK_FONTS = [f"Noto Sans {name}" for name in ("CJK SC", "CJK JP", "CJK KR", "SC")] + [
-    "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "Microsoft YaHei",
-    "SimHei", "PingFang SC", "Hiragino Sans GB", "Malgun Gothic", "Arial Unicode MS"]
+CJK_FONTS = (
+    "Noto Sans CJK SC, Noto Sans CJK JP, Noto Sans CJK KR, Noto Sans SC, Source Han Sans SC, WenQuanYi Zen Hei, "
+    "WenQuanYi Micro Hei, Droid Sans Fallback, Microsoft YaHei, SimHei, PingFang SC, Hiragino Sans GB, Malgun Gothic, "
+    "Arial Unicode MS").split(", ")
 
 def font_families(installed) -> list[str]:
     "The house's family, then those with Chinese, Japanese and Korean letters, as far as there are any."
@@ -245,7 +246,7 @@ def _answer_lines(question, was, said, rewards, limit) -> list: # of label, piec
     return [l for l in lines if l[1]] + [("aligned", said, aligned)]
 
 @styled
-def _draw_answer(image, parts: list, limit: float, width: float) -> Picture:
+def _draw_answer(image, parts: list, limit: float, width: float = 7.) -> Picture:
     "The image on the left, the lines beside it, the scale below."
     left = 0 if image is None else 118
     room = 72 * width - left - 58 - 6 # points for the words
@@ -270,15 +271,13 @@ def token_heatmap(
     rewards: Sequence[float], # one for each token, nats
     question: str = "", # what was asked
     base: str | Sequence[str] = "", # the base's answer, as text or tokens
-    limit: float | None = None, # nats of the full colour; None: from these rewards
-    width: float = 7., # inches
 ) -> Picture:
     "An answer beside its image, its tokens coloured by reward, the base's answer above it."
     if len(tokens) != len(rewards):
         raise TitaError(f"{len(tokens)} tokens and {len(rewards)} rewards; give one reward for each token")
-    limit = limit or reward_limit(rewards)
+    limit = reward_limit(rewards)
     was, said = token_pieces(base.split() if isinstance(base, str) else base), token_pieces(tokens)
-    fig = _draw_answer(image, _answer_lines(question, was, said, rewards, limit), limit, width)
+    fig = _draw_answer(image, _answer_lines(question, was, said, rewards, limit), limit)
     told = " ".join(f"{t} ({r:+.1f})" for (t, _), r in zip(said, rewards))
     fig.alt = f"Asked: {question} Base: {' '.join(t for t, _ in was)} Aligned, with rewards: {told}"
     return fig
@@ -312,9 +311,8 @@ def _curve(ax, name: str, steps, values, window: int) -> str: # what is told of 
 def training_curves(
     history: Sequence[Mapping], # logged rows with "step" and any of the names in `CURVES`
     names: Sequence[str] | None = None, # which; None: all that were logged
-    window: int | None = None, # of the average, in rows; None: a tenth of them
 ) -> Picture:
-    "Loss, margin and accuracy over the steps, raw and smoothed."
+    "Loss, margin and accuracy over the steps, raw and as an average over a tenth of the rows."
     names = [k for k in names or CURVES if any(k in row for row in history)]
     if not names:
         raise TitaError(f"no curve in the history; its rows should hold some of {', '.join(CURVES)}")
@@ -323,7 +321,7 @@ def training_curves(
     for ax, name in zip(axes, names):
         rows = [(row.get("step", i), row[name]) for i, row in enumerate(history) if name in row]
         steps, values = np.array(rows, float).T
-        ends.append(_curve(ax, name, steps, values, window or max(1, len(values) // 10)))
+        ends.append(_curve(ax, name, steps, values, max(1, len(values) // 10)))
     fig.alt = "Training curves: " + ", ".join(ends)
     return fig
 
@@ -371,18 +369,15 @@ def strength_sweep(
     lams: Sequence[float], # strengths λ, ascending
     metrics: Mapping[str, tuple], # metric -> (values, lows, highs), each as long as `lams`, percent
     chosen: float | None = None, # the strength that was picked
-    base: Mapping[str, float] = {}, # metric -> the base's value; without it the value at λ = 0, if it is there
-    columns: int = 4, # side by side
 ) -> Picture:
     "Each metric over the strength of the guidance, with its interval."
     for name, v in metrics.items():
         if {len(x) for x in v} != {len(lams)}:
             raise TitaError(f"{name} has {[len(x) for x in v]} values for {len(lams)} strengths; give one for each")
-    fig, axes = panels(len(metrics), columns, (2.05, 1.8))
+    fig, axes = panels(len(metrics), size=(2.05, 1.8))
     lams = np.asarray(lams, float)
     for ax, (name, (values, lows, highs)) in zip(axes, metrics.items()):
-        start = (base or {}).get(name, values[0] if lams[0] == 0 else None)
-        _over_strength(ax, lams, name, values, lows, highs, start)
+        _over_strength(ax, lams, name, values, lows, highs, start=values[0] if lams[0] == 0 else None)
         _strength_axis(ax, lams, chosen)
     axes[0].set(ylabel="percent", xlabel="strength λ")
     fig.alt = f"Metrics over the strength of the guidance from {lams.min():g} to {lams.max():g}"
