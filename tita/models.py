@@ -24,8 +24,8 @@ def _check_folder(name):
     if any(path.glob("*.safetensors")):
         return str(path)
     if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
-        raise TitaError(f"{name}: the weights are pickles, which can run code; "
-                        "convert them to safetensors with `save_pretrained`")
+        cure = "convert them to safetensors with `save_pretrained`"
+        raise TitaError(f"{name}: the weights are pickles, which can run code; {cure}")
     raise TitaError(f"{name}: no weights (*.safetensors); the copy or download is incomplete")
 
 # %% ../nbs/02_models.ipynb #c0de0015
@@ -37,9 +37,9 @@ def _explain_load(name, e):
         return TitaError(f"{name}: the hub refuses it without a login; accept its licence there and set HF_TOKEN")
     if not constants.HF_HUB_OFFLINE and not re.search("offline|connect|resolve|cached files", str(e)):
         return TitaError(f"{name}: cannot be loaded ({text})")
-    return TitaError(f"{name}: cannot be downloaded (no network, or offline mode) and is not in the cache; download it "
-                     f"where there is a network (`hf download {name} --local-dir models/{Path(str(name)).name}`) "
-                     "and name that folder")
+    command = f"hf download {name} --local-dir models/{Path(str(name)).name}"
+    cure = f"download it where there is a network (`{command}`) and name that folder"
+    return TitaError(f"{name}: cannot be downloaded (no network, or offline mode) and is not in the cache; {cure}")
 
 @contextlib.contextmanager
 def _explained(name):
@@ -103,8 +103,8 @@ def chat_prompt(
     if not isinstance(question, str) or not question.strip():
         raise TitaError("the question is empty; ask something")
     if not getattr(processor, "chat_template", None):
-        raise TitaError("the processor has no chat template; set `processor.chat_template`, "
-                        "or take the one of the -hf version of the model")
+        cure = "set `processor.chat_template`, or take the one of the -hf version of the model"
+        raise TitaError(f"the processor has no chat template; {cure}")
     turns = [_said(processor, "system", system)] if system else []
     turns.append(_said(processor, "user", question, int(image)))
     return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
@@ -199,9 +199,8 @@ def check_pair(
     if not wrong:
         return n
     i, word = wrong[0]
-    raise TitaError(f"the tokenizers of base and reward differ: token {i} is {word!r} in the one and "
-                    f"{other.get(i)!r} in the other ({len(wrong)} of {n} differ); "
-                    "take two models of one family")
+    differ = f"token {i} is {word!r} in the one and {other.get(i)!r} in the other ({len(wrong)} of {n} differ)"
+    raise TitaError(f"the tokenizers of base and reward differ: {differ}; take two models of one family")
 
 # %% ../nbs/02_models.ipynb #f599418a
 def vision_tower(model):

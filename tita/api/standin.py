@@ -27,10 +27,7 @@ class Persona:
 # %% ../../nbs/api/31_standin.ipynb #1b882a7f
 FAULTS = "429 408 409 500 503 400 401 403 404 422 quota drop cut truncate json error hang".split()
 
-def draw_fault(
-    faults: dict, # fault -> probability
-    *parts, # what the draw depends on
-) -> str | None:
+def draw_fault(faults: dict, *parts) -> str | None:
     "Draw a fault, or none."
     u = random.Random(seed_for("fault", *parts)).random()
     for name, p in faults.items():
@@ -255,9 +252,8 @@ def note(self: StandIn, body: dict) -> str | None: # the fault that disturbs it
     self.times[model, prompt] += 1
     own = self.models[model].faults
     fault = draw_fault(self.faults if own is None else own, self.seed, model, prompt, times)
-    asked = {k: v for k, v in body.items() if k != "messages"}
-    self.log.append(dict(model=model, prompt=prompt, fault=fault, time=time.time(), images=images,
-        stream=bool(body.get("stream")), body=asked))
+    asked = dict(stream=bool(body.get("stream")), body={k: v for k, v in body.items() if k != "messages"})
+    self.log.append(dict(model=model, prompt=prompt, fault=fault, time=time.time(), images=images, **asked))
     return fault
 
 @patch

@@ -8,13 +8,13 @@ __all__ = ['local_endpoint', 'local_settings', 'ask_local', 'run_local']
 # %% ../../nbs/bench/71_in_process.ipynb #22cf87bd
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from ..api.client import Settings
 from ..api.replies import Reply
 from ..api.endpoints import Endpoint
-from ..core import JsonlWriter, TitaError, image_path, open_image, progress
-from .traffic import Board, Budget, Job, Load, Sink
-from .traffic import check_images, make_row, result_key, spent_before, write_run
+from ..core import TitaError, image_path, open_image
+from .traffic import Job, Load, make_row, run_load
 
 # %% ../../nbs/bench/71_in_process.ipynb #12d0211c
 def _short(model) -> str:
@@ -45,7 +45,7 @@ def ask_local(
     image=None, # a PIL image
     settings: Settings = Settings(),
 ) -> Reply:
-    "Ask a model in this process, with the time of each token. Raises `TitaError` for what it cannot be asked."
+    "Ask a model in this process, with the time of each token."
     times, start = [], time.perf_counter()
     def clock(ids, scores):
         if scores.is_cuda:
@@ -53,10 +53,8 @@ def ask_local(
         times.append(time.perf_counter() - start)
         return scores
     text = f"{question} {settings.suffix}".strip() if settings.suffix else question
-    how = dict(max_new_tokens=settings.max_tokens or 1024, temperature=settings.temperature, processors=[clock])
-    out, = decoder.answers([dict(image=image, text=text)], **how)
-    if out.error:
-        raise TitaError(out.error)
+    out, = decoder.generate([image], [text], max_new_tokens=settings.max_tokens or 1024,
+        temperature=settings.temperature, processors=[clock])
     usage = dict(prompt_tokens=out.stats["prompt_tokens"], completion_tokens=out.stats["new_tokens"])
     end = {"eos": "stop"}.get(out.stats["finish"], out.stats["finish"])
     return Reply(out.text, times, end, usage, time.perf_counter() - start)
@@ -71,7 +69,7 @@ def _picture(job: Job, images, settings: Settings):
         image.thumbnail((settings.max_side, settings.max_side))
     return image
 
-def _local_row(decoder, job: Job, images, settings: Settings) -> dict:
+def _local_row(decoder, images, settings: Settings, job: Job) -> dict:
     "Ask one question; a user's mistake becomes a failed row."
     started, start = time.time(), time.perf_counter()
     reply = image = error = None
@@ -94,26 +92,8 @@ def run_local(
     out: str | Path, # result file, JSON Lines; rows are appended
     images: str | Path | None = None, # the image folder
     settings: Settings = Settings(), # with the guidance in it, from `local_settings`
-    strict: bool = False, # refuse to start if an image cannot be read
-    retry_failed: bool = False, # ask again what has failed before
+    **kwargs, # for `run_load`: strict, retry_failed
 ) -> dict: # what `run_load` returns
     "Put questions to a model in this process, one by one."
-    if strict:
-        check_images(questions, images)
-    load, start = Load(1), time.monotonic()
-    label = load.label()
-    with JsonlWriter(out, key=lambda r: r.get("key")) as writer:
-        jobs = [Job(q, endpoint, label, result_key(q, endpoint, settings, label, images)) for q in questions]
-        done, _ = spent_before(out, retry_failed)
-        todo = [j for j in jobs if j.key not in done]
-        write_run(out, [endpoint], settings, [load], len(todo))
-        board = _ask_in_turn(todo, decoder, images, settings, writer)
-    return board.result(len(jobs) - len(todo), 0, time.monotonic() - start)
-
-# %% ../../nbs/bench/71_in_process.ipynb #a7109c03
-def _ask_in_turn(todo, decoder, images, settings: Settings, writer: JsonlWriter) -> Board:
-    with Sink(writer) as sink, progress(desc="asking", total=len(todo), unit="q") as bar:
-        board = Board(sink, Budget(), bar)
-        for job in todo:
-            board(_local_row(decoder, job, images, settings))
-    return board
+    answer = partial(_local_row, decoder, images, settings)
+    return run_load(questions, [endpoint], out, images, settings, [Load(1)], answer=answer, **kwargs)
