@@ -131,7 +131,7 @@ class Engine:
 def _empty(self: Engine):
     "No rows, and the records of the slots."
     self.queue, self.ready, self.rows, self.n = deque(), deque(), [], 0
-    self.opened, self.holders = {}, Counter() # pictures by source; rows that need a picture, or its tensors
+    self.opened, self.holders, self.kept = {}, Counter(), set() # pictures; rows that need them; those that stay, see `keep`
     self.has_idle = self.has_cancelled = self.has_deadlines = self.is_closed = False
     self.why = {} # slot -> what went wrong there
     self.steps = self.produced = 0
@@ -144,6 +144,7 @@ def _empty(self: Engine):
     self.ends = torch.zeros(0, self.vocab, dtype=torch.bool) # (settings, V) tokens that end a row
     for e in self.experts:
         e.open(self.slots, 64, self)
+        e.kept = self.kept
     self._survey()
 
 @patch(as_prop=True)
@@ -232,6 +233,22 @@ def _let_go(self: Engine, row: Row, finish: str = "error") -> tuple[Row, Output]
     self._close(row)
     length = len(row.prompts[0].ids) if row.prompts else 0
     return row, Output.unsaid(finish, row.asked, row.error, length, self.tokenizer)
+
+# %% ../../nbs/decode/15_engine.ipynb #d2fa6321
+@patch
+def keep(self: Engine, key: tuple):
+    "The images of rows with this key stay, and what is read of them, until they are dropped. The objects must live on."
+    if key not in self.kept:
+        self.kept.add(key)
+        self.holders[key] += 1
+
+@patch
+def drop(self: Engine, key: tuple):
+    "Images that were kept may go when no row needs them."
+    if key in self.kept:
+        self.kept.remove(key)
+        self.holders[key] -= 1
+        self.has_idle = True
 
 # %% ../../nbs/decode/15_engine.ipynb #05cad5c5
 def _open(image) -> Image.Image: # RGB
@@ -417,8 +434,9 @@ def _admit(self: Engine, m: int) -> list[tuple[Row, Output]]: # rows that could 
     try:
         self._seat(rows, a, b)
         logits = self._read(rows)
-    except Exception as e:
-        return self._admit_each(rows, e)
+    except Exception as why:
+        [e.known.clear() for e in self.experts] # some may have read an image that others have not
+        return self._admit_each(rows, why)
     self.rows[a:b] = rows
     self.n = b
     self._survey()
