@@ -131,7 +131,7 @@ class Engine:
 def _empty(self: Engine):
     "No rows, and the records of the slots."
     self.queue, self.ready, self.rows, self.n = deque(), deque(), [], 0
-    self.opened, self.holders, self.kept = {}, Counter(), set() # pictures; rows that need them; those that stay, see `keep`
+    self.opened, self.holders, self.kept = {}, Counter(), set() # pictures, who needs them, which stay
     self.has_idle = self.has_cancelled = self.has_deadlines = self.is_closed = False
     self.why = {} # slot -> what went wrong there
     self.steps = self.produced = 0
