@@ -25,7 +25,8 @@ from typer.testing import CliRunner
 from tita.core import data_url
 from tita.decode.decoder import AlignedDecoder
 from tita.decode.guidance import Guidance
-from tita.serve.app import Limits, create_app
+from tita.serve.app import create_app
+from tita.serve.chat import Limits
 from tita.serve.loop import Job, Loop
 from tita.serve import serve_cli
 from tita.serve.serve_cli import serving

@@ -55,7 +55,7 @@ def said(self: Seat, token: int, reward: float) -> Said:
 
 # %% ../../nbs/serve/76_loop.ipynb #76a00011
 class Mixed:
-    "The guidance of rows that each have their own. For the engine it is one guidance, and a row's λ is the number of its seat."
+    "The guidance of rows that each have their own: for the engine one guidance, a row's λ the number of its seat."
     bound, gate, lazy = None, None, False
     def __init__(self, usual: Guidance):
         self.usual, self.seats = usual, {}
@@ -171,6 +171,7 @@ class Job:
     ended: float | None = None
     events: list = field(default_factory=list) # not heard yet
 
+# %% ../../nbs/serve/76_loop.ipynb #76a00040
 class Full(TitaError):
     "Too many are waiting; `retry_after` seconds may do."
     def __init__(self, why: str, retry_after: int):
@@ -179,7 +180,7 @@ class Full(TitaError):
 
 # %% ../../nbs/serve/76_loop.ipynb #76a00022
 class Loop:
-    "Runs the jobs of all clients on one engine, in a thread of its own. Raises `TitaError` for a decoder without guidance."
+    "Runs all jobs on one engine, in a thread of its own. Raises `TitaError` for a decoder without guidance."
     now = staticmethod(time.monotonic)
     def __init__(self,
         decoder, # `AlignedDecoder`
@@ -192,21 +193,22 @@ class Loop:
         carry: Callable | None = None, # brings a list of (job, events) to those who hear; None: calls them here
         over: Callable = lambda job, output: None, # called with each job that is over
     ):
-        self.decoder, self.slots, self.most, self.seconds, self.draft = decoder, slots, most, seconds, draft
-        self.stuck_after, self.carry, self.over = stuck_after, carry or _hand_over, over
+        self.decoder, self.slots, self.draft = decoder, slots, draft
+        self.most, self.seconds, self.stuck_after = most, seconds, stuck_after
+        self.carry, self.over = carry or _hand_over, over
         self.waiting, self.running = [], {} # a heap of (turn, number, job); row -> job
         self.numbers, self.restarts = itertools.count(), 0
         self.token_seconds, self.job_seconds = .01, 1. # usual ones
         self.turn, self.is_closed, self.beat = threading.Condition(), False, self.now()
         self.warm = Warm(warm)
         self._make_engine()
-        self.thread = threading.Thread(target=self._run, name="tita-engine", daemon=True)
+        self.thread = None # once it has been started
 
+# %% ../../nbs/serve/76_loop.ipynb #76a00023
 def _hand_over(batch: list):
     for job, events in batch:
         job.hear(events)
 
-# %% ../../nbs/serve/76_loop.ipynb #76a00023
 @patch
 def _make_engine(self: Loop):
     self.engine = self.decoder.engine(self.slots, refill=0, draft=self.draft)
@@ -233,11 +235,11 @@ def sampling(self: Loop, **settings) -> Sampling: # as for `AlignedDecoder.gener
 # %% ../../nbs/serve/76_loop.ipynb #76a00024
 @patch
 def submit(self: Loop, jobs: list[Job]):
-    "Let jobs wait for their turn, from any thread: all of them or none. Raises `Full` if too many wait, or the loop is closed."
+    "Let jobs wait for their turn, from any thread, all or none. Raises `Full` if too many wait, or after `close`."
     with self.turn:
         if self.is_closed:
             raise Full("the server is going down", 1)
-        if len(self.waiting) + len(jobs) > max(self.most, 0):
+        if len(self.waiting) + len(jobs) > self.most:
             wait = math.ceil(len(self.waiting) * self.job_seconds / self.slots)
             raise Full(f"{len(self.waiting)} answers are waiting, there is no room for more", max(1, min(60, wait)))
         for job in jobs:
@@ -281,13 +283,13 @@ def _next(self: Loop) -> list[Row]:
         rows.append(job.row)
     return rows
 
+# %% ../../nbs/serve/76_loop.ipynb #76a00027
 @patch
 def _hear(self: Loop, job: Job, said: Said):
     if job.first is None:
         job.first = self.now()
     job.events.append(said)
 
-# %% ../../nbs/serve/76_loop.ipynb #76a00027
 @patch
 def _end(self: Loop, job: Job, output: Output):
     "The job is over."
@@ -298,6 +300,7 @@ def _end(self: Loop, job: Job, output: Output):
     self.ended.append(job)
     self.over(job, output)
 
+# %% ../../nbs/serve/76_loop.ipynb #76a00044
 @patch
 def _step(self: Loop, rows: list[Row]):
     self.engine.submit(rows)
@@ -345,13 +348,14 @@ def _run(self: Loop):
 # %% ../../nbs/serve/76_loop.ipynb #76a00034
 @patch
 def start(self: Loop) -> Loop:
+    self.thread = threading.Thread(target=self._run, name="tita-engine", daemon=True)
     self.thread.start()
     return self
 
 @patch
 def health(self: Loop) -> str | None: # None: well
     "What is wrong with the loop."
-    if not self.thread.is_alive():
+    if self.thread is None or not self.thread.is_alive():
         return "the engine's thread is not running"
     still = self.now() - self.beat
     if (self.running or self.waiting) and still > self.stuck_after:
