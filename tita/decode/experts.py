@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from ..core import TitaError
-from .cache import RaggedCache, _linear, project, written_out
+from .cache import RaggedCache, written_out
 from .graphs import Graphs, record_cuda, send
 from .prompts import Prompt, padded
 from ..models import same_tower, vision_tower, vocab_size
@@ -96,6 +96,7 @@ class Counts:
 class Expert(Anatomy):
     "A model with the keys and values of its rows. Raises `TitaError` for a model that cannot be cached this way."
     altered = False # did its modules change after it was made?
+    kept = frozenset() # images whose prefixes stay though nobody asks about them
     def __init__(self,
         model, # a vision-language or language model, possibly with a PEFT adapter
         encoder: int = 0, # which of the decoder's encoders makes its prompts
@@ -186,8 +187,7 @@ def _reach(self: Expert, kv: int, delta: Tensor):
 
 @patch
 def _logits(self: Expert, hidden: Tensor) -> Tensor: # (..., V)
-    plain = _linear(self.head)
-    x = (project(hidden, self.head.weight, self.head.bias) if plain else self.head(hidden)) * self.scale
+    x = self.head(hidden) * self.scale
     return (x / self.softcap).tanh() * self.softcap if self.softcap else x
 
 # %% ../../nbs/decode/14_experts.ipynb #e4a7000c
@@ -368,16 +368,16 @@ def _remember(self: Expert, prompts: dict, fresh: list, inputs: dict, grid):
     "Read the prefixes of new images; keep the old ones that are still asked about."
     if not fresh:
         return
-    kept = [k for k in prompts if k in self.known]
-    old, known, m = self.prefixes, self.known, len(fresh)
-    self.prefixes = RaggedCache(self.layers, m + len(kept), max(p.prefix for p in prompts.values()))
+    known, m = self.known, len(fresh)
+    stay = [k for k in known if k in prompts or k in self.kept]
+    prefixes = RaggedCache(self.layers, m + len(stay), max(p.prefix for p in prompts.values()))
     texts = [prompts[k].ids[:prompts[k].prefix] for k in fresh]
-    _, lens, delta = self.read(self.prefixes, slice(0, m), texts, inputs, grid)
-    if kept:
-        origin, longest = torch.tensor([known[k][0] for k in kept]), max(known[k][1] for k in kept)
-        self.prefixes.copy(old, origin, slice(m, None), longest)
-    self.known = {k: (i, int(lens[i]), int(delta[i])) for i, k in enumerate(fresh)}
-    self.known |= {k: (i, *known[k][1:]) for i, k in enumerate(kept, m)}
+    _, lens, delta = self.read(prefixes, slice(0, m), texts, inputs, grid)
+    if stay:
+        origin, longest = torch.tensor([known[k][0] for k in stay]), max(known[k][1] for k in stay)
+        prefixes.copy(self.prefixes, origin, slice(m, None), longest)
+    self.prefixes, self.known = prefixes, {k: (i, int(lens[i]), int(delta[i])) for i, k in enumerate(fresh)}
+    self.known |= {k: (i, *known[k][1:]) for i, k in enumerate(stay, m)}
 
 # %% ../../nbs/decode/14_experts.ipynb #f4463c4e
 @patch
