@@ -9,7 +9,7 @@ __all__ = ['IMAGE_SUFFIXES', 'TitaError', 'cli', 'commands', 'option', 'from_opt
 
 # %% ../nbs/00_core.ipynb #b51c0115
 import contextlib, dataclasses, errno, functools, hashlib, importlib.metadata, importlib.util, inspect, json, os
-import platform, random, re, subprocess, sys, tempfile, time
+import platform, random, subprocess, sys, tempfile, time
 from pathlib import Path
 from typing import Annotated
 from fastcore.basics import patch

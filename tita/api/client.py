@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 from fastcore.basics import patch
 from ..core import TitaError, data_url, image_path, open_image
-from .endpoints import Endpoint, any_endpoint, redact
+from .endpoints import Endpoint, redact
 from .replies import KINDS, Kind, Reply, Trouble, mend_text, name_trouble, read_reply, refused
 
 # %% ../../nbs/api/33_client.ipynb #bfe64e8c
@@ -400,8 +400,8 @@ class EndpointAnswerer:
 
     def picture(self, row: dict):
         "The image of a row: a path, a Pillow image, or None."
-        if not row.get("image"):
-            return None
+        if not row.get("image") or not isinstance(row["image"], str):
+            return row.get("image") or None
         named = isinstance(self.images, (str, Path))
         return image_path(self.images, row["image"]) if named else self.images[row["image"]]
 

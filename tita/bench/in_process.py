@@ -45,7 +45,7 @@ def ask_local(
     image=None, # a PIL image
     settings: Settings = Settings(),
 ) -> Reply:
-    "Ask a model in this process, with the time of each token."
+    "Ask a model in this process, with the time of each token. Raises `TitaError` for what it cannot be asked."
     times, start = [], time.perf_counter()
     def clock(ids, scores):
         if scores.is_cuda:
@@ -53,8 +53,10 @@ def ask_local(
         times.append(time.perf_counter() - start)
         return scores
     text = f"{question} {settings.suffix}".strip() if settings.suffix else question
-    out, = decoder.generate([image], [text], max_new_tokens=settings.max_tokens or 1024,
-        temperature=settings.temperature, processors=[clock])
+    how = dict(max_new_tokens=settings.max_tokens or 1024, temperature=settings.temperature, processors=[clock])
+    out, = decoder.answers([dict(image=image, text=text)], **how)
+    if out.error:
+        raise TitaError(out.error)
     usage = dict(prompt_tokens=out.stats["prompt_tokens"], completion_tokens=out.stats["new_tokens"])
     end = {"eos": "stop"}.get(out.stats["finish"], out.stats["finish"])
     return Reply(out.text, times, end, usage, time.perf_counter() - start)

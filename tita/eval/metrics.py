@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'POPE_PARSERS', 'QUESTION_KINDS', 'Metric', 'per_scene', 'percent', 'parse_yes_no', 'pope', 'object_finder',
            'chair', 'normalise', 'exact_match', 'text_match', 'vqa_accuracy', 'anls', 'score', 'default_reference',
-           'bootstrap', 'verdict', 'verdict_of', 'roc', 'calibration']
+           'bootstrap', 'verdict', 'verdict_of', 'holm', 'roc', 'calibration']
 
 # %% ../../nbs/eval/60_metrics.ipynb #1123c1de
 import functools, re
@@ -401,6 +401,17 @@ def verdict_of(
     "What a cell of `metrics.json` says."
     better = METRICS.get(metric, Metric(metric, 1)).better
     return verdict(cell.get("delta_low"), cell.get("delta_high"), None if better == 0 else better > 0)
+
+# %% ../../nbs/eval/60_metrics.ipynb #e6000002
+def holm(
+    p: Sequence[float], # of a family of tests
+) -> list[float]: # adjusted, in the same order: what survives at 5% is below .05
+    "Holm's step-down correction (1979)."
+    order, found, most = np.argsort(p), [0.] * len(p), 0.
+    for rank, i in enumerate(order):
+        most = max(most, min(1., (len(p) - rank) * p[i]))
+        found[i] = float(most)
+    return found
 
 # %% ../../nbs/eval/60_metrics.ipynb #7ebd8cee
 def roc(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['kl', 'top_logps', 'rest', 'kl_top', 'acceptance', 'answers_as_rows', 'TeacherStore', 'record_teacher',
-           'DistillConfig', 'DistillCollator', 'DistillTrainer', 'closeness']
+           'DistillConfig', 'DistillTrainer', 'closeness']
 
 # %% ../../nbs/train/53_distill.ipynb #c3469072
 import json, os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -21,7 +21,7 @@ from ..core import TitaError, progress, write_json
 from ..views import view_seed
 from .images import ImageStore, TowerCache
 from .trees import grow_trees, mrope, tree_logits
-from .dpo import TreeCollator, TreeForward, TreeOptions, fit_rows
+from .dpo import TreeCollator, TreeForward, TreeOptions, fit_rows, _option
 
 # %% ../../nbs/train/53_distill.ipynb #2c102652
 def kl(
@@ -184,11 +184,9 @@ def record_teacher(
 @dataclass
 class DistillConfig(TreeOptions, TrainingArguments):
     "`TrainingArguments`, and what concerns images, trees and the teacher."
-    top_k: int | None = field(default=64, metadata={
-        "help": "Tokens of the base's distribution to keep for each place; None: the whole vocabulary."})
-    held_out: float = field(default=0.05, metadata={
-        "help": "Share of the answers that are not trained on: there KL and acceptance are measured."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are not the model's inputs."})
+    top_k: int | None = _option(64, "Tokens of the base's distribution to keep for each place; None: all.")
+    held_out: float = _option(0.05, "Share of the answers on which KL and acceptance are measured, untrained.")
+    remove_unused_columns: bool = _option(False, "Rows are not the model's inputs.")
 
 # %% ../../nbs/train/53_distill.ipynb #2c194703
 @dataclass
@@ -205,15 +203,12 @@ class DistillCollator(TreeCollator):
 
 # %% ../../nbs/train/53_distill.ipynb #17f48696
 class DistillTrainer(TreeForward, Trainer):
-    "KL to a teacher's recorded distribution, on trees."
-    def __init__(self, model, args, train_dataset, processing_class,
-        teacher: TeacherStore, # log-probabilities of the rows, by their `index`
-        images: ImageStore, # of the rows
-        eval_dataset=None, **kwargs): # for Trainer
+    "KL to a teacher's distribution, on trees: `teacher` has it by the rows' `index`, `images` are the rows'."
+
+    def __init__(self, model, args, train_dataset, processing_class, teacher, images, eval_dataset=None, **kwargs):
         planted = self._plant(model, processing_class, args, answers=("answer",), store=images)
         collator = DistillCollator(**{**vars(planted), "teacher": teacher})
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-                         processing_class=processing_class, data_collator=collator, **kwargs)
+        super().__init__(model, args, collator, train_dataset, eval_dataset, processing_class, **kwargs)
         self.sums = {}  # over tokens, of what `closeness` reports
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
