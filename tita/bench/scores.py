@@ -271,6 +271,7 @@ def _troubles(rows) -> dict:
     retried = sum(len(r["attempts"]) > 1 for r in rows)
     return dict(errors, attempts=len(tries) or len(rows), retried=retried, cut_short=cut_short)
 
+# %% ../../nbs/bench/72_scores.ipynb #11ce0402
 def summarise(
     rows: list, # of one system under one load
     match: str = "find", # how answers are compared
@@ -297,6 +298,7 @@ def main_rows(rows: list) -> list:
     "Rows of the load under which most questions were asked, of equals the lightest."
     return max(by_load(rows).values(), key=len)
 
+# %% ../../nbs/bench/72_scores.ipynb #11ce0404
 def _unpaired(first: list, second: list) -> dict:
     "Questions that only one of two systems was asked, and ids that both use for different ones."
     a, b = ({same_question(r) for r in rows} for rows in (first, second))
