@@ -23,7 +23,8 @@ KINDS = dict.fromkeys("bad_request too_large unprocessable redirect quota".split
 KINDS |= dict.fromkeys("request_timeout conflict rate_limit server_error".split(), Kind(again=True))
 KINDS |= dict.fromkeys(("truncated", "invalid_json", "stream_error"), Kind("{said}", again=True))
 KINDS |= dict.fromkeys(("empty", "content_filter", "tool_calls"), Kind("{said}"))
-KINDS |= dict.fromkeys(("authentication", "permission"), Kind("{url} refuses the key ({said}); set {key}", everyone=True))
+_BAD_KEY = Kind("{url} refuses the key ({said}); set {key}", everyone=True)
+KINDS |= dict(authentication=_BAD_KEY, permission=_BAD_KEY)
 KINDS |= dict(
     not_found=Kind("{url} does not know the model {model!r} or the path ({said}); check both", everyone=True),
     connection=Kind("no connection to {url} ({said}); is the server running?", again=True),

@@ -14,7 +14,7 @@ from itertools import cycle
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 from ..core import TitaError
-from ..show.plots import Picture, beside, fit, panels, styled
+from ..show.plots import Picture, fit, label_at, panels, styled
 from ..show.report import texts
 from .scores import main_rows
 
@@ -59,7 +59,7 @@ def _interval(ax, y: int, a: Mapping, style: dict):
     "A value with its interval, in percent."
     ax.plot([a["low"], a["high"]], [y, y], color=style["color"], lw=2, alpha=.45, solid_capstyle="round")
     ax.plot(a["value"], y, ms=5.5, **style)
-    beside(ax, f"{a['value']:.0f}", (a["value"], y), (0, 5), ha="center", fontsize=7, color=style["color"])
+    label_at(ax, f"{a['value']:.0f}", (a["value"], y), (0, 5), ha="center", fontsize=7, color=style["color"])
 
 def _percent_axis(ax, title: str, names: list):
     "A row for each system, 0 to 100 percent; what is written at its ends stays inside, clear of the next panel."
@@ -168,7 +168,7 @@ def _sweep_panel(ax, name: str, loads: list, style: dict):
     ax.plot(x, y, ms=5, label="half are faster", **style)
     for l, a, b in zip(loads, x, y):
         text = f"{l['rate']:g}/s" if l["rate"] else f"{l['concurrency']}"
-        beside(ax, text, (a, b), (0, -11), ha="center", fontsize=7.5, color=style["color"])
+        label_at(ax, text, (a, b), (0, -11), ha="center", fontsize=7.5, color=style["color"])
     ax.set(title=short(name), xlabel="answers per second")
     ax.grid()
     ax.yaxis.set_major_formatter(lambda v, _: seconds(v) if v > 0 else "0")
@@ -223,7 +223,7 @@ def cost_figure(
         x, a, style = s["cost"]["per_1000"], s["accuracy"], style_of(order.index(name))
         ax.plot([x, x], [a["low"], a["high"]], color=style["color"], lw=2, alpha=.45)
         ax.plot(x, a["value"], ms=6.5, **style)
-        beside(ax, short(name), (x, a["value"]), (7, 4), fontsize=8, color=style["color"])
+        label_at(ax, short(name), (x, a["value"]), (7, 4), fontsize=8, color=style["color"])
     currency = s["cost"]["currency"]
     _cost_axis(ax, currency)
     def told(s):
