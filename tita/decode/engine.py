@@ -137,7 +137,7 @@ def _in_view(self: Engine, rows: list[Row]) -> dict[tuple, Row]: # image -> a ro
         return {}
     view = {r.key: r for r in rows if r.images}
     room = self.budget - _tokens(view.values())
-    for row in ahead:
+    for row in ahead if len(rows) > 1 else (): # a row by itself must not fail for the image of another
         if row.images and row.key not in view and (room := room - _tokens([row])) >= 0:
             view[row.key] = row
     return view
