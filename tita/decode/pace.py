@@ -59,9 +59,9 @@ def note_drafts(self: Pace, right: int, tried: int):
 # %% ../../nbs/decode/16_pace.ipynb #a6c0de0e
 @patch
 def best(self: Pace, n: int) -> int: # tokens to draft; 0: none
-    "What yields most tokens a second for `n` rows; what must be measured first comes first."
-    if len(self.known(n, 0)) < 2 or self.run.get(n.bit_length(), 0) >= self.again:
+    "What yields most tokens a second for `n` rows, or must be measured again."
+    if self.run.get(n.bit_length(), 0) >= self.again:
         return 0
-    plain, tried = median(self.known(n, 0)), self.known(n, self.draft)
-    cost = median(tried) / plain if tried else 2.
+    plain, drafted = self.known(n, 0), self.known(n, self.draft)
+    cost = median(drafted) / median(plain) if plain and drafted else 2.
     return self.draft if expected_tokens(self.rate, self.draft)[-1] > cost else 0
