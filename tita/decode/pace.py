@@ -51,10 +51,12 @@ def note_step(self: Pace,
     self.run[size] = 0 if run <= -self.patience else run
 
 @patch
-def note_drafts(self: Pace, right: int, tried: int):
-    "Remember how many drafted tokens were right."
-    if tried:
-        self.rate += (1 - .97**tried) * (right / tried - self.rate)
+def note_drafts(self: Pace,
+    share: float, # of the drafted tokens that were right, in the mean over rows
+    tried: int, # drafted tokens
+):
+    "Remember how good drafts are. The mean is over rows, since the slowest decides when all are done."
+    self.rate += (1 - .97**tried) * (share - self.rate)
 
 # %% ../../nbs/decode/16_pace.ipynb #a6c0de0e
 @patch

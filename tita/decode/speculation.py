@@ -188,7 +188,7 @@ def _block(self: SpeculativeEngine, k: int):
     keep = self._ends_at(verdict.targets, standing(verdict.targets, block[:, 1:].cpu()))
     tried = keep.clamp(max=k)
     right = (verdict.hits[:, :k] & (torch.arange(k) < tried[:, None])).sum(1)
-    self.pace.note_drafts(int(right.sum()), int(tried.sum()))
+    self.pace.note_drafts(float((right / tried).mean()), int(tried.sum()))
     self._note(verdict, keep)
     self.speculated.blocks += 1
     self.speculated.drafted += k * self.n
@@ -315,7 +315,7 @@ def _plain(self: SpeculativeEngine):
     "One token a row, watching what the drafter would have done."
     super(SpeculativeEngine, self)._advance()
     if not self.forcing:
-        self.pace.note_drafts(int(self.hits.sum()), self.n)
+        self.pace.note_drafts(float(self.hits.float().mean()), self.n)
 
 # %% ../../nbs/decode/17_speculation.ipynb #5b170023
 @patch
