@@ -51,17 +51,19 @@ def note_step(self: Pace,
     self.run[size] = 0 if run <= -self.patience else run
 
 @patch
-def note_drafts(self: Pace, right: int, tried: int):
-    "Remember how many drafted tokens were right."
-    if tried:
-        self.rate += (1 - .97**tried) * (right / tried - self.rate)
+def note_drafts(self: Pace,
+    share: float, # of the drafted tokens that were right, in the mean over rows
+    tried: int, # drafted tokens
+):
+    "Remember how good drafts are. The mean is over rows, since the slowest decides when all are done."
+    self.rate += (1 - .97**tried) * (share - self.rate)
 
 # %% ../../nbs/decode/16_pace.ipynb #a6c0de0e
 @patch
 def best(self: Pace, n: int) -> int: # tokens to draft; 0: none
-    "What yields most tokens a second for `n` rows; what must be measured first comes first."
-    if len(self.known(n, 0)) < 2 or self.run.get(n.bit_length(), 0) >= self.again:
+    "What yields most tokens a second for `n` rows, or must be measured again."
+    if self.run.get(n.bit_length(), 0) >= self.again:
         return 0
-    plain, tried = median(self.known(n, 0)), self.known(n, self.draft)
-    cost = median(tried) / plain if tried else 2.
+    plain, drafted = self.known(n, 0), self.known(n, self.draft)
+    cost = median(drafted) / median(plain) if plain and drafted else 2.
     return self.draft if expected_tokens(self.rate, self.draft)[-1] > cost else 0

@@ -88,7 +88,8 @@ def _guess(self: SpeculativeEngine, logits: Tensor, j: int) -> Tensor: # (n) ids
 @patch
 def _append(self: SpeculativeEngine, e: Expert, tokens: Tensor, ahead: int = 0) -> Tensor: # (n, q, V) logits
     "Let an expert read (n, q) tokens that stand `ahead` behind the end of each row."
-    return e.extend(slice(0, self.n), tokens, ahead)
+    n = self.n
+    return e.forward(e.cache, slice(0, n), tokens, e.lens[:n] + ahead, delta=e.delta[:n] if e.mrope else 0)
 
 # %% ../../nbs/decode/17_speculation.ipynb #5b17000b
 @patch
@@ -187,7 +188,7 @@ def _block(self: SpeculativeEngine, k: int):
     keep = self._ends_at(verdict.targets, standing(verdict.targets, block[:, 1:].cpu()))
     tried = keep.clamp(max=k)
     right = (verdict.hits[:, :k] & (torch.arange(k) < tried[:, None])).sum(1)
-    self.pace.note_drafts(int(right.sum()), int(tried.sum()))
+    self.pace.note_drafts(float((right / tried).mean()), int(tried.sum()))
     self._note(verdict, keep)
     self.speculated.blocks += 1
     self.speculated.drafted += k * self.n
@@ -208,7 +209,8 @@ def _catch_up(self: SpeculativeEngine, rows: Tensor, last: bool = True) -> list[
     ids, at, n = self._missed(rows, last)
     out = []
     for e in self.experts[1:]:
-        out.append(e.extend(rows, ids)[..., :self.vocab])
+        delta = e.delta[rows] if e.mrope else 0
+        out.append(e.forward(e.cache, rows, ids, e.lens[rows], delta=delta)[..., :self.vocab])
         e.lens[rows] += n
     if ids.shape[1] > int(last):
         self._note_late(rows, at + 1, torch.arange(ids.shape[1]) < (n - int(last))[:, None], out)
@@ -295,9 +297,11 @@ def _may_be_lazy(self: SpeculativeEngine) -> bool:
 
 @patch
 def _longest_draft(self: SpeculativeEngine) -> int:
-    "As much as the row with most to say can use; what is too long for another is cut there."
+    "What the rows still may say, and what their contexts still hold."
     n = self.n
-    return max(0, int((self.limit[:n] - self.count[:n]).max()) - 1)
+    to_say = int((self.limit[:n] - self.count[:n]).max()) - 1
+    room = min(e.context - int(e.lens[:n].max()) for e in self.experts) - 1
+    return max(0, min(to_say, room))
 
 # %% ../../nbs/decode/17_speculation.ipynb #5b170018
 @patch
@@ -311,7 +315,7 @@ def _plain(self: SpeculativeEngine):
     "One token a row, watching what the drafter would have done."
     super(SpeculativeEngine, self)._advance()
     if not self.forcing:
-        self.pace.note_drafts(int(self.hits.sum()), self.n)
+        self.pace.note_drafts(float(self.hits.float().mean()), self.n)
 
 # %% ../../nbs/decode/17_speculation.ipynb #5b170023
 @patch
