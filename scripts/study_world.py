@@ -126,7 +126,8 @@ CANDIDATES = dict( # what is compared -> settings to choose from
     no_image=contrasts("no_image"), mean_image=contrasts("mean_image"))
 FIXED = dict(
     base=System("base"), before=System("before"), after=System("after"),
-    base_dpo=System("base_dpo"), base_lora=System("base_lora"))
+    base_dpo=System("base_dpo"), base_lora=System("base_lora"),
+    ratio=System("base", "after", "before", dict(form="ratio", lam=1., bound=1.)))
 BEST_OF = [dict(n=4, temperature=t) for t in (.5, 1.)]
 
 def gated(settings: dict) -> dict:
@@ -286,7 +287,7 @@ def tested(seed: int, args, chosen: dict) -> dict: # systems -> cells; cost
 
 TITLES = dict(
     base="the large model alone", before="the small model before DPO", after="the small model after DPO",
-    aligned="**large model, aligned (the default)**", base_dpo="DPO of the large model, all weights",
+    aligned="**large model, aligned (the default)**", ratio="the same by the ratio, λ 1, bound 1", base_dpo="DPO of the large model, all weights",
     base_lora="DPO of the large model, LoRA", sft="guided by SFT on the chosen answers",
     ensemble="mean with the small model before DPO", vcd="VCD",
     no_image="contrast without an image (M3ID's, fixed λ)", mean_image="contrast with a mean image (image-CFG)",
