@@ -321,10 +321,10 @@ SYSTEMS = dict(  # name in metrics.json -> how it is called, what it is
     reward_before=("small model before DPO", "The small model alone, before it learned preferences."),
     reward=("small model after DPO", "The small model alone, after it learned preferences by DPO."),
     ratio=("aligned, ratio", "The large model plus the reward of each word, without limits."),
-    base_dpo=("large model after DPO", "The large model itself, trained on the same pairs: no longer the model that was "
+    base_dpo=("large model after DPO", "The large model itself, trained on the same pairs: no longer the one that was "
         "frozen."),
-    bounded=("large model, aligned", "The default: the large model plus the reward of each word, within the limits that "
-        "were chosen on validation images."),
+    bounded=("large model, aligned", "The default: the large model and the reward at each word, with settings chosen on "
+        "validation images."),
     interpolate=("aligned, interpolated", "A weighted mean of the log-probabilities of the large and the small model."),
     interpolate_before=("control: mean before DPO", "The same mean with the small model before it learned preferences: "
         "what averaging two models brings by itself."),
@@ -360,6 +360,17 @@ def results(self: Report,
     self.terms({metric_title(m): METRICS[m].about for m in METRICS if any(m in v for v in data.values())})
     return self.terms({titles.get(s, s): glossary[s] for s in data if s in glossary})
 
+# %% ../../nbs/show/66_report.ipynb #66a0e000
+def _rest(page: Report, results, figures, info, titles) -> str:
+    "What a reader looks up."
+    if any((results.get("systems") or {}).values()):
+        page.results(results, titles, {k: v[1] for k, v in SYSTEMS.items()})
+    if figures:
+        page.section("Figures")
+    for fig, caption in figures:
+        page.figure(fig, caption)
+    return (page.section("How this was made").terms(info) if info else page).html()
+
 # %% ../../nbs/show/66_report.ipynb #a6609c08
 FIRST = ("base", "reward", "base_dpo", "bounded"), ("chair_i", "pope_adversarial_accuracy", "color_accuracy",
     "text_accuracy") # systems and metrics of the first table
@@ -386,13 +397,3 @@ def report_html(
         page.section("What was asked, and what was answered", f"{drawn}\n\n{EXAMPLES}").examples(examples)
     page.section("How it works").method()
     return _rest(page, results, figures, info, titles)
-
-def _rest(page: Report, results, figures, info, titles) -> str:
-    "What a reader looks up."
-    if any((results.get("systems") or {}).values()):
-        page.results(results, titles, {k: v[1] for k, v in SYSTEMS.items()})
-    if figures:
-        page.section("Figures")
-    for fig, caption in figures:
-        page.figure(fig, caption)
-    return (page.section("How this was made").terms(info) if info else page).html()
