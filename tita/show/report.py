@@ -323,7 +323,7 @@ SYSTEMS = dict(  # name in metrics.json -> how it is called, what it is
     ratio=("aligned, ratio", "The large model plus the reward of each word, without limits."),
     base_dpo=("large model after DPO", "The large model itself, trained on the same pairs: no longer the one that was "
         "frozen."),
-    bounded=("large model, aligned", "The default: the large model and the reward at each word, with settings chosen on "
+    bounded=("large model, aligned", "The default: the large model and the reward at each word, its settings chosen on "
         "validation images."),
     interpolate=("aligned, interpolated", "A weighted mean of the log-probabilities of the large and the small model."),
     interpolate_before=("control: mean before DPO", "The same mean with the small model before it learned preferences: "
