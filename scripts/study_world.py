@@ -55,6 +55,8 @@ def pairs_of(model, out: Path, images: Path, seed: int, scenes: int) -> list:
 
 def weak_reward(base, out: Path, images: Path, seed: int, scenes: int):
     "A student that hardly learned, before and after DPO on pairs of its own."
+    if (out/"after"/"metrics.json").exists():
+        return load_vlm(out/"before", device="cpu"), load_vlm(out/"after", device="cpu")
     probe = probe_rows(make_scenes(scenes, seed, "train"), images, seed=seed)
     said = teacher_answers(base, tiny_processor(), probe, images, out, further_rows, seed)
     student = narrow_reward(base, seed, layers=1)
@@ -126,7 +128,8 @@ CANDIDATES = dict( # what is compared -> settings to choose from
     no_image=contrasts("no_image"), mean_image=contrasts("mean_image"))
 FIXED = dict(
     base=System("base"), before=System("before"), after=System("after"),
-    base_dpo=System("base_dpo"), base_lora=System("base_lora"))
+    base_dpo=System("base_dpo"), base_lora=System("base_lora"),
+    ratio=System("base", "after", "before", dict(form="ratio", lam=1., bound=1.)))
 BEST_OF = [dict(n=4, temperature=t) for t in (.5, 1.)]
 
 def gated(settings: dict) -> dict:
@@ -239,8 +242,8 @@ with the fewest harms, the cheapest one whose gain is within {close} points of t
 
 {table}
 
-How much probability each reward, before DPO, shares with the base on validation images (`own_reward.gate_for` leaves \
-the gate open from {open} on): {masses}.
+How much probability each reward, before DPO, shares with the base on validation images (from {open} on \
+`own_reward.guidance_for` takes it for the base's own): {masses}.
 
 Commit {commit:.12}, {cpus} cores of {system}.
 """
@@ -286,7 +289,8 @@ def tested(seed: int, args, chosen: dict) -> dict: # systems -> cells; cost
 
 TITLES = dict(
     base="the large model alone", before="the small model before DPO", after="the small model after DPO",
-    aligned="**large model, aligned (the default)**", base_dpo="DPO of the large model, all weights",
+    aligned="**large model, aligned (the default)**", ratio="the same by the ratio, λ 1, bound 1",
+    base_dpo="DPO of the large model, all weights",
     base_lora="DPO of the large model, LoRA", sft="guided by SFT on the chosen answers",
     ensemble="mean with the small model before DPO", vcd="VCD",
     no_image="contrast without an image (M3ID's, fixed λ)", mean_image="contrast with a mean image (image-CFG)",

@@ -94,7 +94,8 @@ def test_study_of_rewards(tmp_path):
 @pytest.mark.slow
 def test_study_of_the_world(tmp_path):
     "Small: settings are chosen and written down, then tested; a test without settings is refused by name."
-    small = ["--seed", "0", "1", "--pairs", "6", "--rivals", "sft", "--runs", tmp_path/"runs", "--out", tmp_path/"results"]
+    folders = ["--runs", tmp_path/"runs", "--out", tmp_path/"results"]
+    small = ["--seed", "0", "1", "--pairs", "6", "--rivals", "sft", *folders]
     def study(what, *more):
         command = [sys.executable, "scripts/study_world.py", what, *map(str, [*small, *more])]
         return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['System', 'blinded', 'true_logits', 'accuracies', 'Bench', 'short_answers', 'captions_of', 'measure', 'best_of',
-           'p_value', 'holm', 'gain_of', 'harms_and_gains', 'over_seeds']
+           'chance', 'gain_of', 'harms_and_gains', 'over_seeds']
 
 # %% ../../nbs/studies/86_rivals.ipynb #85a00004
 import copy, math, time
 from dataclasses import dataclass, field
 import numpy as np, torch
 from torch.nn.functional import pad
+from ..bench.scores import holm
 from ..decode.decoder import AlignedDecoder
 from ..decode.guidance import Guidance
 from ..eval.evaluation import scene_questions
@@ -168,26 +169,14 @@ def best_of(
     return told, dict(forwards=3 * n, tokens_per_second=round(pace))
 
 # %% ../../nbs/studies/86_rivals.ipynb #85a00019
-def p_value(
+def chance(
     cell: dict, # of `bootstrap`: delta, delta_low, delta_high
-) -> float:
-    "Of no difference, two-sided."
+) -> float: # p-value, two-sided
+    "How likely a difference like this is where there is none."
     width = cell["delta_high"] - cell["delta_low"]
     if not width:
         return 1. if not cell["delta"] else 0.
     return math.erfc(abs(cell["delta"]) / (width / 3.92) / math.sqrt(2))
-
-def holm(
-    p: dict, # name -> p-value, all of one family
-    level: float = .05, # chance of a single false one
-) -> set: # names of those that count
-    "Which differences of a family are more than chance (Holm 1979)."
-    found = set()
-    for k, name in enumerate(sorted(p, key=p.get)):
-        if p[name] > level / (len(p) - k):
-            break
-        found.add(name)
-    return found
 
 # %% ../../nbs/studies/86_rivals.ipynb #85a0001b
 def gain_of(
@@ -205,7 +194,8 @@ def harms_and_gains(
     "What a system changed, on all seeds together."
     known = {(s, m): c for s, of in cells.items() for m, c in of.items() if c["delta"] is not None}
     family = {k: c for k, c in known.items() if METRICS[k[1]].better}
-    real = holm({k: p_value(c) for k, c in family.items()})
+    adjusted = dict(zip(family, holm([chance(c) for c in family.values()])))
+    real = [k for k, p in adjusted.items() if p <= .05]
     said = {k: verdict_of(k[1], family[k]) for k in real}
     return {way: sorted(k for k, v in said.items() if v == way) for way in ("better", "worse")}
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JobSettings', 'check_settings', 'save_images', 'probe_rows', 'user_rows', 'further_rows', 'Asker', 'preference_pairs',
-           'dpo_settings', 'Material', 'material_of', 'seen', 'default_guidance', 'make_systems', 'better',
-           'pick_examples', 'examples_of', 'first_words', 'Stages', 'what_counts']
+           'dpo_settings', 'Material', 'material_of', 'seen', 'make_systems', 'better', 'pick_examples', 'examples_of',
+           'first_words', 'Stages', 'what_counts']
 
 # %% ../../nbs/studies/82_stages.ipynb #99b015a0
 import json, random, time
@@ -278,19 +278,11 @@ def seen(
     return Image.fromarray(((x * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
 
 # %% ../../nbs/studies/82_stages.ipynb #be64db12
-def default_guidance(
-    lam: float | None = None, # strength, if not the default's
-    gate: str | None = None, # where the reward is weak or foreign, see `own_reward.gate_for`
-) -> dict: # for `AlignedDecoder`
-    "The recommended settings."
-    from tita.decode.guidance import SAFE
-    return SAFE | {k: v for k, v in dict(lam=lam, gate=gate).items() if v is not None}
-
 def make_systems(
     m: Material, # models and processor
     reward, # after DPO
     trained, # the base itself after DPO on the same pairs, or None
-    guidance: dict, # of `default_guidance`
+    guidance: dict, # of `own_reward.guidance_for`
 ) -> dict: # name -> function that makes the decoder
     "The systems of the report."
     from tita.decode.decoder import AlignedDecoder
