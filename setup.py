@@ -59,6 +59,7 @@ setup(
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+        "lmms_eval.models": [f"{cfg['lib_path']}={cfg['lib_path']}.eval.lmms_plugin:manifest"],
     },
     cmdclass={"build_py": BuildWithData},
 )
