@@ -41,9 +41,11 @@ class Engine(Slots):
         self.noise_seed, self.leader = noise_seed, leader or share_towers(experts)
         self.least_free = max(1, int(slots * refill))
         self.queue, self.ready = deque(), deque() # rows that wait, and those among them that can be read
+        self.kept = set() # keys of images that stay
         self.steps, self.is_closed = 0, False
         for e in self.experts:
             e.open(slots, 64, self)
+            e.kept = self.kept
 
 # %% ../../nbs/decode/15_engine.ipynb #d2fa62fe
 @patch(as_prop=True)
@@ -104,6 +106,19 @@ def _let_go(self: Engine, row: Row, finish: str = "error") -> tuple[Row, Output]
     self.intake.close(row)
     length = len(row.prompts[0].ids) if row.prompts else 0
     return row, Output.unsaid(finish, row.asked, row.error, length, self.tokenizer)
+
+# %% ../../nbs/decode/15_engine.ipynb #d2fa6321
+@patch
+def keep(self: Engine, key: tuple):
+    "The images of rows with this key stay, and what is read of them, until they are dropped. The objects must live on."
+    self.kept.add(key)
+    self.intake.holders.setdefault(key, set()).add(self)
+
+@patch
+def drop(self: Engine, key: tuple):
+    "Images that were kept may go when no row needs them."
+    self.kept.discard(key)
+    self.intake.holders.get(key, set()).discard(self)
 
 # %% ../../nbs/decode/15_engine.ipynb #05cad5c7
 @patch
@@ -177,8 +192,10 @@ def _admit(self: Engine, m: int) -> list[tuple[Row, Output]]: # rows that are ov
     try:
         self._seat(rows, a, b)
         logits = self._read(rows)
-    except Exception as e:
-        return self._admit_each(rows, e)
+    except Exception as why:
+        for e in self.experts:
+            e.known.clear() # some may have read an image that others have not
+        return self._admit_each(rows, why)
     self.rows[a:b] = rows
     self._survey()
     self._choose(a, b, logits)

@@ -88,8 +88,7 @@ def _guess(self: SpeculativeEngine, logits: Tensor, j: int) -> Tensor: # (n) ids
 @patch
 def _append(self: SpeculativeEngine, e: Expert, tokens: Tensor, ahead: int = 0) -> Tensor: # (n, q, V) logits
     "Let an expert read (n, q) tokens that stand `ahead` behind the end of each row."
-    n = self.n
-    return e.forward(e.cache, slice(0, n), tokens, e.lens[:n] + ahead, delta=e.delta[:n] if e.mrope else 0)
+    return e.extend(slice(0, self.n), tokens, ahead)
 
 # %% ../../nbs/decode/17_speculation.ipynb #5b17000b
 @patch
@@ -209,8 +208,7 @@ def _catch_up(self: SpeculativeEngine, rows: Tensor, last: bool = True) -> list[
     ids, at, n = self._missed(rows, last)
     out = []
     for e in self.experts[1:]:
-        delta = e.delta[rows] if e.mrope else 0
-        out.append(e.forward(e.cache, rows, ids, e.lens[rows], delta=delta)[..., :self.vocab])
+        out.append(e.extend(rows, ids)[..., :self.vocab])
         e.lens[rows] += n
     if ids.shape[1] > int(last):
         self._note_late(rows, at + 1, torch.arange(ids.shape[1]) < (n - int(last))[:, None], out)
@@ -297,11 +295,9 @@ def _may_be_lazy(self: SpeculativeEngine) -> bool:
 
 @patch
 def _longest_draft(self: SpeculativeEngine) -> int:
-    "What the rows still may say, and what their contexts still hold."
+    "As much as the row with most to say can use; what is too long for another is cut there."
     n = self.n
-    to_say = int((self.limit[:n] - self.count[:n]).max()) - 1
-    room = min(e.context - int(e.lens[:n].max()) for e in self.experts) - 1
-    return max(0, min(to_say, room))
+    return max(0, int((self.limit[:n] - self.count[:n]).max()) - 1)
 
 # %% ../../nbs/decode/17_speculation.ipynb #5b170018
 @patch
