@@ -36,7 +36,7 @@ class JobSettings:
     view: str = "diffusion-800"
     probe_scenes: int = 1000
     test_scenes: int = 600
-    lam: float | None = None
+    lam: float = 0.0
     max_new_tokens: int = 64
     samples: int = 4
     epochs: int = 2
@@ -60,8 +60,8 @@ def check_settings(
     for name in _ABOVE_ZERO:
         if not getattr(s, name) > 0:
             raise TitaError(f"{name} = {getattr(s, name)}: it is above zero")
-    if s.lam is not None and not s.lam > 0:
-        raise TitaError(f"lam = {s.lam}: it is above zero; None is the default strength")
+    if not s.lam >= 0:
+        raise TitaError(f"lam = {s.lam}: it is above zero; 0 is the recommended strength")
     parse_view(s.view)
     given = [bool(v) for v in (s.base, s.reward, s.images, s.questions)]
     if any(given) and not all(given):
