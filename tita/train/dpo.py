@@ -20,7 +20,7 @@ from ..core import TitaError, stable_hash
 from .images import ImageStore, TowerCache, backbone, freeze_vision, projector
 from . import trees
 from .training_rows import fault, place_of
-from .trees import encode_rows, fit_mask, gathered
+from .trees import attention_seconds, encode_rows, fit_mask, gathered
 
 # %% ../../nbs/train/52_dpo.ipynb #b3e8090d
 def implicit_reward(
@@ -226,7 +226,7 @@ def tokenised(
         return dataset
     given = as_rows(dataset, answers)
     places = [place_of(r, i) for i, r in enumerate(given)]
-    rows, dropped = fit_rows(encode_rows(given, store, answers, places), store, limit, too_long, answers, places)
+    rows, dropped = fit_rows(encode_rows(given, store, answers), store, limit, too_long, answers, places)
     if not rows:
         raise TitaError(f"all {dropped} rows are longer than {limit} tokens; raise --max_length")
     if sort:
@@ -346,7 +346,7 @@ def _attend(self: TreeForward, inner, mask):
     if self.attention is None and text._attn_implementation == "sdpa":
         kinds = ("sdpa", "flex_attention") if backbone(inner)._supports_flex_attn else ("sdpa",)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else inner.dtype
-        found = broadcast_object_list([trees.attention_seconds(text, mask, dtype, kinds)])
+        found = broadcast_object_list([attention_seconds(text, mask, dtype, kinds)])
         self.attention = {k: s for k, s in found[0].items() if s < math.inf}
     if self.attention and text._attn_implementation != (kind := min(self.attention, key=self.attention.get)):
         backbone(inner).set_attn_implementation({"text_config": kind})
