@@ -107,19 +107,6 @@ def _let_go(self: Engine, row: Row, finish: str = "error") -> tuple[Row, Output]
     length = len(row.prompts[0].ids) if row.prompts else 0
     return row, Output.unsaid(finish, row.asked, row.error, length, self.tokenizer)
 
-# %% ../../nbs/decode/15_engine.ipynb #d2fa6321
-@patch
-def keep(self: Engine, key: tuple):
-    "The images of rows with this key stay, and what is read of them, until they are dropped. The objects must live on."
-    self.kept.add(key)
-    self.intake.holders.setdefault(key, set()).add(self)
-
-@patch
-def drop(self: Engine, key: tuple):
-    "Images that were kept may go when no row needs them."
-    self.kept.discard(key)
-    self.intake.holders.get(key, set()).discard(self)
-
 # %% ../../nbs/decode/15_engine.ipynb #05cad5c7
 @patch
 def _prepare(self: Engine) -> list[tuple[Row, Output]]: # rows that are over before they began
@@ -148,7 +135,7 @@ def _in_view(self: Engine, rows: list[Row]) -> dict[tuple, Row]: # image -> a ro
     "Images of new rows and of those that come next, if reading them apart from the questions pays; else none."
     ahead = [*islice(self.ready, self.slots)]
     wanted = Counter(r.key for r in (*rows, *ahead, *list(self.queue)[:1]))
-    if not any(wanted[r.key] > 1 or self._is_known(r.key) for r in rows if r.images):
+    if not any(wanted[r.key] > 1 or r.key in self.kept or self._is_known(r.key) for r in rows if r.images):
         return {}
     view = {r.key: r for r in rows if r.images}
     room = self.budget - _tokens(view.values())
@@ -355,3 +342,16 @@ def _fail(self: Engine, why: str) -> list[tuple[Row, Output]]:
 def _wipe(self: Engine, slots: list[int]):
     for e in self.experts:
         e.cache.blank(slots)
+
+# %% ../../nbs/decode/15_engine.ipynb #d2fa6321
+@patch
+def keep(self: Engine, key: tuple):
+    "The images of rows with this key stay, and what is read of them, until they are dropped. The objects must live on."
+    self.kept.add(key)
+    self.intake.holders.setdefault(key, set()).add(self)
+
+@patch
+def drop(self: Engine, key: tuple):
+    "Images that were kept may go when no row needs them."
+    self.kept.discard(key)
+    self.intake.holders.get(key, set()).discard(self)

@@ -130,7 +130,7 @@ def _key(images: list) -> tuple:
 def _size(engine, images: list) -> int: # bytes
     "What is held for images: pictures, pixels, and keys and values of every expert."
     key = _key(images)
-    pixels = [t for enc in engine.encoders for t in enc.pixels.get(key, {}).values() if torch.is_tensor(t)]
+    pixels = [t for enc in engine.intake.encoders for t in enc.pixels.get(key, {}).values() if torch.is_tensor(t)]
     tokens = [(e, e.known[key][1]) for e in engine.experts if key in e.known]
     cached = sum(n * e.layers * 2 * e.kv_width * e.head.weight.element_size() for e, n in tokens)
     return sum(3 * i.width * i.height for i in images) + sum(t.nbytes for t in pixels) + cached

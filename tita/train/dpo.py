@@ -226,7 +226,7 @@ def tokenised(
         return dataset
     given = as_rows(dataset, answers)
     places = [place_of(r, i) for i, r in enumerate(given)]
-    rows, dropped = fit_rows(encode_rows(given, store, answers), store, limit, too_long, answers, places)
+    rows, dropped = fit_rows(encode_rows(given, store, answers, places), store, limit, too_long, answers, places)
     if not rows:
         raise TitaError(f"all {dropped} rows are longer than {limit} tokens; raise --max_length")
     if sort:
