@@ -139,9 +139,9 @@ class ContrastDecoder(AlignedDecoder):
 
 # %% ../../nbs/eval/64_systems.ipynb #e6400041
 @patch
-def _enlist(self: ContrastDecoder):
+def _arrange(self: ContrastDecoder):
     "As for every contrast, and another encoder for the reference."
-    AlignedDecoder._enlist(self)
+    AlignedDecoder._arrange(self)
     if self.baseline.sees == "noise" or len(self.experts) == 1:
         return
     reference, first = self.experts[1], self.encoders[0]
