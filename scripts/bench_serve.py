@@ -3,8 +3,8 @@
 
     python scripts/bench_serve.py [--seconds 60] [--clients 64] [--slots 32] [--out results/bench_serve.md]
 
-The server runs in a process of its own, the clients in this one. Every greedy answer that came whole is compared with the same
-question asked alone. What the HTTP layer costs is the CPU time of the server's process while it answers from a cache of
+The server runs in a process of its own, the clients in this one. Every greedy answer that came whole is compared with
+the same question asked alone. What the HTTP layer costs is the CPU time of the server's process while it answers with
 nothing but one token, less what the same rows cost in the engine without HTTP.
 """
 import argparse
@@ -46,7 +46,8 @@ def questions(n: int) -> list[dict]:
 
 async def ask(client, body: dict, leave_after: int | None = None) -> dict:
     "One streamed answer, or the beginning of one."
-    start, text, first, parts, usage = time.perf_counter(), "", None, 0, None
+    start, first, usage = time.perf_counter(), None, None
+    text, parts = "", 0
     async with client.stream("POST", "chat/completions", json=body) as reply:
         assert reply.status_code == 200, (reply.status_code, await reply.aread())
         async for line in reply.aiter_lines():
@@ -118,14 +119,15 @@ def in_the_loop(body: dict, n: int) -> float:
     "CPU seconds of the same row in a loop of this process, without HTTP."
     import torch
     from tita.decode.ask import load_decoder
-    from tita.serve.loop import Job, Loop
+    from tita.serve.loop import Awaited, Loop
     torch.set_num_threads(1)
     loop = Loop(load_decoder(lam=.5), slots=32)
     content = body["messages"][0]["content"]
     image = SCENES[URLS.index(content[0]["image_url"]["url"])].image
     def run():
         how = loop.sampling(max_new_tokens=1, eos=(), temperature=0.)
-        loop.submit([Job(content[1]["text"], [image], how, loop.decoder.guidance, lambda events: None, name="warm")])
+        nobody = lambda events: None
+        loop.submit([Awaited(content[1]["text"], [image], how, loop.decoder.guidance, nobody, name="warm")])
         while loop.waiting or loop.running:
             loop.turn_over()
     for _ in range(20):
@@ -138,7 +140,8 @@ def in_the_loop(body: dict, n: int) -> float:
 
 def serve(slots: int):
     "The server as a process, and its address."
-    command = [sys.executable, "-c", "from tita.serve.serve_cli import main; main()", "--port", "0", "--slots", str(slots), "--lam", "0.5"]
+    start = "from tita.serve.serve_cli import main; main()"
+    command = [sys.executable, "-c", start, "--port", "0", "--slots", str(slots), "--lam", "0.5"]
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TITA_PROGRESS="0")
     p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
     return p, re.search(r"http://\S+", p.stdout.readline())[0]
@@ -147,12 +150,14 @@ def serve(slots: int):
 def report(a, found: dict) -> str:
     info = run_info(["torch", "transformers", "fastapi", "uvicorn"])
     rows = "\n".join(f"| {name} | {value} |" for name, value in found.items())
+    command = f"python scripts/bench_serve.py --seconds {a.seconds:g} --clients {a.clients} --slots {a.slots}"
+    made_with = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+    load, lengths = os.getloadavg()[0], ", ".join(map(str, LENGTHS))
     return f"""# tita-serve under load
 
-Made by `python scripts/bench_serve.py --seconds {a.seconds:g} --clients {a.clients} --slots {a.slots}` at commit {str(info['commit'])[:7]}
-on {info['cpus']} CPU cores ({info['system']}), load average {os.getloadavg()[0]:.1f} at the end; Python {info['python']}, torch {info['versions'].get('torch')},
-fastapi {info['versions'].get('fastapi')}, uvicorn {info['versions'].get('uvicorn')}. The embedded pair, {len(LAMS)} strengths, answers of {', '.join(map(str, LENGTHS))} tokens, one
-client in ten gone after its first piece.
+Made by `{command}` at commit {str(info['commit'])[:7]} on {info['cpus']} CPU cores ({info['system']}),
+load average {load:.1f} at the end; Python {info['python']}, {made_with}.
+The embedded pair, {len(LAMS)} strengths, answers of {lengths} tokens, one client in ten gone after its first piece.
 
 | what | |
 |---|---|

@@ -21,7 +21,7 @@ from tita.eval.metrics import METRICS, bootstrap, verdict_of
 from tita.models import load_vlm
 from tita.studies import rivals
 from tita.studies.own_reward import ALIKE, own_reward, shared_mass, teacher_answers
-from tita.studies.rivals import System
+from tita.studies.rivals import Rival
 from tita.studies.stages import Asker, dpo_settings, further_rows, preference_pairs, probe_rows
 from tita.train.recipes import train_dpo
 from tita.world.embedded import make_scenes, narrow_reward, tiny_processor, world_folder
@@ -112,24 +112,24 @@ OURS += [ratio(1., bound=1., gate=f"agreement:{t}") for t in (.3, .5, .8)] + [me
 DOUBTED = [ratio(1.), *OURS[-6:-3], mean(.3)] # with a weak or foreign reward
 STRENGTHS = .25, .5, 1.
 
-def aligned(settings: dict, kind: str = "") -> System:
+def aligned(settings: dict, kind: str = "") -> Rival:
     "The base, guided by a reward: its own, or `weak_`, `foreign_`."
     reference = f"{kind}before" if settings["form"] == "ratio" else ""
-    return System("base", f"{kind}after", reference, settings)
+    return Rival("base", f"{kind}after", reference, settings)
 
 def contrasts(view: str) -> list:
-    return [System("base", "base", view, ratio(lam, plausibility=.1)) for lam in STRENGTHS]
+    return [Rival("base", "base", view, ratio(lam, plausibility=.1)) for lam in STRENGTHS]
 
 CANDIDATES = dict( # what is compared -> settings to choose from
     aligned=[aligned(settings) for settings in OURS],
-    sft=[System("base", "sft", "before", ratio(lam, bound=1.)) for lam in (.5, 1., 2.)],
-    ensemble=[System("base", "before", "", mean(lam)) for lam in (.2, .3, .5)],
+    sft=[Rival("base", "sft", "before", ratio(lam, bound=1.)) for lam in (.5, 1., 2.)],
+    ensemble=[Rival("base", "before", "", mean(lam)) for lam in (.2, .3, .5)],
     vcd=[s for t in (500, 800) for s in contrasts(f"base@{t}")],
     no_image=contrasts("no_image"), mean_image=contrasts("mean_image"))
 FIXED = dict(
-    base=System("base"), before=System("before"), after=System("after"),
-    base_dpo=System("base_dpo"), base_lora=System("base_lora"),
-    ratio=System("base", "after", "before", dict(form="ratio", lam=1., bound=1.)))
+    base=Rival("base"), before=Rival("before"), after=Rival("after"),
+    base_dpo=Rival("base_dpo"), base_lora=Rival("base_lora"),
+    ratio=Rival("base", "after", "before", dict(form="ratio", lam=1., bound=1.)))
 BEST_OF = [dict(n=4, temperature=t) for t in (.5, 1.)]
 
 def gated(settings: dict) -> dict:
@@ -138,7 +138,7 @@ def gated(settings: dict) -> dict:
 def frozen_systems(chosen: dict) -> dict:
     "All systems, with the settings that were chosen."
     ours = chosen["aligned"]["settings"]
-    guided = {k: System(**chosen[k]) for k in CANDIDATES if k in chosen}
+    guided = {k: Rival(**chosen[k]) for k in CANDIDATES if k in chosen}
     other = {f"{kind}{name}": aligned(how, f"{kind}_") for kind in ("weak", "foreign")
              for name, how in (("", ours), ("_gated", gated(ours)))}
     return FIXED | guided | other
@@ -150,7 +150,7 @@ def in_parallel(work, args) -> dict: # seed -> what `work` gives
 
 # Validation
 
-def key(s: System) -> str:
+def key(s: Rival) -> str:
     return json.dumps(vars(s))
 
 def alike(seed: int, models: dict, args) -> dict: # whose reward -> shared probability
@@ -174,7 +174,7 @@ def validated(seed: int, args) -> tuple: # setting -> counts, setting -> cost, s
     for s in progress(tried, desc=f"seed {seed}", unit="setting"):
         found[key(s)], cost[key(s)] = rivals.measure(bench, s)
     for how in BEST_OF:
-        found[json.dumps(how)], cost[json.dumps(how)] = rivals.best_of(bench, **how)
+        found[json.dumps(how)], cost[json.dumps(how)] = rivals.best_answer_of(bench, **how)
     measured = found, cost, alike(seed, models, args)
     torch.save(measured, path)
     return measured
@@ -280,7 +280,7 @@ def tested(seed: int, args, chosen: dict) -> dict: # systems -> cells; cost
     systems = {name: s for name, s in frozen_systems(chosen).items() if s.known_to(models)}
     for name, s in progress(systems.items(), desc=f"seed {seed}", unit="system"):
         found[name], cost[name] = rivals.measure(bench, s)
-    found["best_of"], cost["best_of"] = rivals.best_of(bench, **chosen["best_of"])
+    found["best_of"], cost["best_of"] = rivals.best_answer_of(bench, **chosen["best_of"])
     told = dict(systems=bootstrap(found, "base")["systems"], against={
         other: bootstrap({k: found[k] for k in ("aligned", other)}, other)["systems"]["aligned"]
         for other in found if other not in ("base", "aligned")}, cost=cost)

@@ -4,7 +4,6 @@
     python scripts/style.py                    each place that breaks a rule
     python scripts/style.py nbs/decode         the same, below a folder
     python scripts/style.py --table [FOLDER]   the measures of the package, of this checkout or of another one
-    python scripts/style.py --debt             write tests/style_debt.json: how often each file still breaks each rule
 """
 import argparse
 import ast
@@ -118,12 +117,6 @@ def sources(root: Path, below: str = "") -> list[Path]:
     return sorted(p for p in kept if p.relative_to(root).as_posix().startswith(below))
 
 
-def debt(root: Path = ROOT) -> dict[str, dict[str, int]]:
-    "How often each file breaks each rule."
-    counts = {p.relative_to(root).as_posix(): {k: len(v) for k, v in broken(p).items()} for p in sources(root)}
-    return {name: found for name, found in counts.items() if found}
-
-
 def measures(root: Path) -> dict[str, float]:
     "What STYLE counts, over the exported package and the notebooks that it comes from."
     package = [p for p in root.glob("tita/**/*.py") if p.name not in ("__init__.py", "_modidx.py")]
@@ -169,13 +162,10 @@ def main():
     below = "look only at paths that begin so; with --table another checkout"
     parser.add_argument("below", nargs="?", default="", help=below)
     parser.add_argument("--table", action="store_true", help="print the measures")
-    parser.add_argument("--debt", action="store_true", help="write tests/style_debt.json")
     args = parser.parse_args()
     if args.table:
         for name, value in measures(Path(args.below or ROOT)).items():
             print(f"| {name} | {value:.4g} |")
-    elif args.debt:
-        (ROOT/"tests/style_debt.json").write_text(json.dumps(debt(), indent=1) + "\n")
     else:
         places = [place for p in sources(ROOT, args.below) for found in broken(p).values() for place in found]
         print("\n".join(place.replace(f"{ROOT}/", "") for place in places))

@@ -14,8 +14,8 @@ CONTEXT = 48  # positions that a model has learned; there is no further one
 def learned_positions(seed, near=None):
     "A language model whose positions are a table; with `near` one that often agrees with another."
     torch.manual_seed(seed)
-    sizes = dict(n_embd=32, n_layer=2, n_head=2, n_positions=CONTEXT)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(PROCESSOR.tokenizer), initializer_range=.5, bos_token_id=1, eos_token_id=2, **sizes)).eval()
+    sizes = dict(n_embd=32, n_layer=2, n_head=2, n_positions=CONTEXT, vocab_size=len(PROCESSOR.tokenizer))
+    model = GPT2LMHeadModel(GPT2Config(initializer_range=.5, bos_token_id=1, eos_token_id=2, **sizes)).eval()
     if near is not None:
         model.load_state_dict({k: w + .05 * w.std() * torch.randn_like(w) for k, w in near.state_dict().items()})
     return model

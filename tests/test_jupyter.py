@@ -8,7 +8,7 @@ import pytest
 import websocket
 
 ROOT = Path(__file__).resolve().parent.parent
-READ = ["nbs/explanations/equation.ipynb", "nbs/decode/12_sampling.ipynb"]
+READ = ["nbs/explanations/equation.ipynb", "nbs/decode/07_sampling.ipynb"]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):

@@ -1,4 +1,4 @@
-"The server: clients of OpenAI's interface, many at once, clients that go, faults, keys and prompts that must not show, its end."
+"The server: clients of OpenAI's interface, many at once, clients that go, faults, secrets that must not show, its end."
 import importlib.util
 import io
 import json
@@ -27,7 +27,7 @@ from tita.decode.decoder import AlignedDecoder
 from tita.decode.guidance import Guidance
 from tita.serve.app import create_app
 from tita.serve.chat import Limits
-from tita.serve.loop import Job, Loop
+from tita.serve.loop import Awaited, Loop
 from tita.serve import serve_cli
 from tita.serve.serve_cli import serving
 from tita.world.embedded import load_models, make_scenes
@@ -94,7 +94,8 @@ def test_whole_and_streamed(plain):
     said = choice.logprobs.content
     assert "".join(t.token for t in said).strip() == want.text
     assert all(len(t.top_logprobs) == 3 and t.logprob == t.top_logprobs[0].logprob <= 0 for t in said)
-    parts = list(ask(client, max_tokens=90, stream=True, stream_options=dict(include_usage=True), **steer(rewards=True)))
+    streamed = dict(stream=True, stream_options=dict(include_usage=True))
+    parts = list(ask(client, max_tokens=90, **streamed, **steer(rewards=True)))
     assert parts[0].choices[0].delta.role == "assistant"
     assert "".join(p.choices[0].delta.content or "" for p in parts[:-1]) == want.text
     assert [p.choices[0].finish_reason for p in parts[:-1]][-1] == "stop"
@@ -120,7 +121,8 @@ def test_what_a_request_may_say(plain):
 
 def test_text_alone_turns_and_several_images(plain):
     client, loop = plain
-    create = lambda messages: client.chat.completions.create(model="tita", messages=messages, max_tokens=8, temperature=0)
+    how = dict(model="tita", max_tokens=8, temperature=0)
+    create = lambda messages: client.chat.completions.create(messages=messages, **how)
     assert create([dict(role="user", content="What color is the car?")]).choices[0].message.content
     first = messages(SCENES[2])
     turns = [*first, dict(role="assistant", content="a red car ."), dict(role="user", content="What color is the car?")]
@@ -135,7 +137,8 @@ def test_many_at_once_are_as_if_alone():
     "Models, strengths and lengths mixed, over few slots: no answer is lost or crossed."
     strong = AlignedDecoder(BASE, REWARD, PROCESSOR, form="interpolate", lam=.8, bound=.5, gate="margin:2")
     arm = AlignedDecoder(BASE, REWARD, PROCESSOR, form="arm", lam=.3)
-    ways = [("tita", DECODER, {}), ("tita-base", DECODER.alone(), {}), ("tita-reward", AlignedDecoder(REWARD, processor=PROCESSOR), {}),
+    ways = [("tita", DECODER, {}), ("tita-base", DECODER.alone(), {}),
+        ("tita-reward", AlignedDecoder(REWARD, processor=PROCESSOR), {}),
         ("tita", strong, dict(lam=.8, bound=.5, gate="margin:2")), ("tita", arm, dict(form="arm", lam=.3))]
     asked = [(*ways[i % len(ways)], SCENES[i % 4], q.text, 3 + 5 * (i % 4))
         for i, q in enumerate(q for s in SCENES[:3] for q in s.questions[:9])]
@@ -153,7 +156,8 @@ def test_a_warm_image_is_read_once(plain):
     ask(client, SCENES[5], text="Is there a car in the image?", max_tokens=1)
     assert loop.warm.hits == hits + 1 and loop.engine.experts[0].counts.positions - before < 25
     page = httpx.get(str(client.base_url).replace("/v1/", "/metrics")).text
-    assert f"tita:image_cache_hits_total {loop.warm.hits}.0" in page and "tita:time_to_first_token_seconds_bucket" in page
+    assert f"tita:image_cache_hits_total {loop.warm.hits}.0" in page
+    assert "tita:time_to_first_token_seconds_bucket" in page
 
 
 # Clients that go, wait or are too many.
@@ -197,7 +201,8 @@ class Timed(Loop):
 
 def jobs(loop, *lengths):
     heard = [[] for _ in lengths]
-    make = lambda n, hear: Job("Describe the image.", [SCENES[0].image], loop.sampling(max_new_tokens=n, eos=(), temperature=0.),
+    make = lambda n, hear: Awaited("Describe the image.", [SCENES[0].image],
+        loop.sampling(max_new_tokens=n, eos=(), temperature=0.),
         Guidance("interpolate", lam=.5), hear.extend)
     return [make(n, h) for n, h in zip(lengths, heard)], heard
 
@@ -288,10 +293,13 @@ def about(url):
 SAID = dict(model="tita", messages=[dict(role="user", content="Is it red?")])
 WRONG = {
     "no json": (b"{oops", 400), "nothing": (b"", 400), "a list": (b"[]", 400), "deep": (b"[" * 100_000, 400),
-    "half a character": (json.dumps(SAID | dict(model="\ud800")).encode(), 404), "not utf-8": (b'{"model": "\xff"}', 400),
+    "half a character": (json.dumps(SAID | dict(model="\ud800")).encode(), 404),
+    "not utf-8": (b'{"model": "\xff"}', 400),
     "no messages": (dict(model="tita", messages=[]), 400), "messages a text": (dict(model="tita", messages="hi"), 400),
-    "warm temperature": (SAID | dict(temperature="hot"), 400), "no number": (json.dumps(SAID | dict(temperature=float("nan"))), 400),
-    "no tokens": (SAID | dict(max_tokens=0), 400), "odd stop": (SAID | dict(stop=[""]), 400), "n": (SAID | dict(n=1000), 400),
+    "warm temperature": (SAID | dict(temperature="hot"), 400),
+    "no number": (json.dumps(SAID | dict(temperature=float("nan"))), 400),
+    "no tokens": (SAID | dict(max_tokens=0), 400), "odd stop": (SAID | dict(stop=[""]), 400),
+    "n": (SAID | dict(n=1000), 400),
     "model": (SAID | dict(model="gpt-9"), 404), "tools": (SAID | dict(tools=[dict(type="function")]), 400),
     "λ": (SAID | dict(tita=dict(lam=-1)), 400), "form": (SAID | dict(tita=dict(form="ratio")), 400),
     "gate": (SAID | dict(tita=dict(gate="iron")), 400), "draft": (SAID | dict(tita=dict(draft="beer")), 400),
@@ -313,7 +321,8 @@ def test_wrong_bodies(plain, name):
     client, loop = plain
     body, status = WRONG[name]
     raw = body if isinstance(body, (bytes, str)) else json.dumps(body)
-    reply = httpx.post(f"{client.base_url}chat/completions", content=raw, headers={"content-type": "application/json"}, timeout=60)
+    how = dict(headers={"content-type": "application/json"}, timeout=60)
+    reply = httpx.post(f"{client.base_url}chat/completions", content=raw, **how)
     assert reply.status_code == status or status is None and reply.status_code in (200, 400), reply.text
     if reply.status_code != 200:
         error = reply.json()["error"]
@@ -412,8 +421,9 @@ def test_told_to_end_under_load_it_ends_what_is_under_way(tmp_path):
         wrong = dict(model="tita", messages=[dict(role="user", content=f"{SECRET_WORD} <image>")])
         for body in (wrong, dict(wrong, temperature=SECRET_WORD), dict(wrong, model=SECRET_WORD)):
             httpx.post(f"{url}/chat/completions", json=body, headers=dict(authorization=f"Bearer {CANARY}"))
-        whole = [ask(client, s, text=f"Describe {SECRET_WORD}.", max_tokens=200, extra_body=dict(ignore_eos=True)) for s in SCENES[:2]]
-        streams = [ask(client, s, text=f"Describe {SECRET_WORD}.", max_tokens=200, stream=True, extra_body=dict(ignore_eos=True))
+        how = dict(text=f"Describe {SECRET_WORD}.", max_tokens=200, extra_body=dict(ignore_eos=True))
+        whole = [ask(client, s, **how) for s in SCENES[:2]]
+        streams = [ask(client, s, stream=True, **how)
             for s in SCENES[:2] * 2]
         begun = [next(iter(s)) for s in streams]
         p.send_signal(signal.SIGTERM)
@@ -446,7 +456,8 @@ def test_command_line_tells_mistakes_in_a_line(tmp_path):
 def test_chat_in_a_terminal(plain, tmp_path):
     client, _ = plain
     SCENES[0].image.save(tmp_path/"scene.png")
-    code, said = typed(serve_cli.chat_app, tmp_path/"scene.png", "--server", client.base_url, "--message", "Describe the image.")
+    asked = "--server", client.base_url, "--message", "Describe the image."
+    code, said = typed(serve_cli.chat_app, tmp_path/"scene.png", *asked)
     assert code == 0, said
     assert own(SCENES[0], n=128).text in said and own(SCENES[0], n=128, decoder=DECODER.alone()).text in said
     code, said = typed(serve_cli.chat_app, "--server", "http://127.0.0.1:1/v1", "--message", "hi")
@@ -459,9 +470,11 @@ def test_chat_in_a_terminal(plain, tmp_path):
 def test_bench(plain, tmp_path):
     client, _ = plain
     SCENES[0].image.save(tmp_path/"a.png")
-    rows = [dict(question_id=i, image="a.png", text=q.text, answer=q.answer) for i, q in enumerate(SCENES[0].questions[:6])]
+    asked = enumerate(SCENES[0].questions[:6])
+    rows = [dict(question_id=i, image="a.png", text=q.text, answer=q.answer) for i, q in asked]
     (tmp_path/"q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    args = ["run", tmp_path/"q.jsonl", "--images", tmp_path, "--out", tmp_path/"out", "--url", client.base_url, "--model", "tita"]
+    args = ["run", tmp_path/"q.jsonl", "--images", tmp_path, "--out", tmp_path/"out",
+        "--url", client.base_url, "--model", "tita"]
     r = subprocess.run([sys.executable, "-c", "from tita.bench.bench_cli import main; main()", *map(str, args)],
         capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert r.returncode == 0, r.stdout + r.stderr
@@ -469,7 +482,8 @@ def test_bench(plain, tmp_path):
 
 @pytest.mark.slow
 def test_a_slow_reader_ends_and_harms_nobody():
-    body = json.dumps(dict(model="tita", messages=messages(SCENES[0]), max_tokens=400, ignore_eos=True, stream=True, n=8,
+    body = json.dumps(dict(model="tita", messages=messages(SCENES[0]), max_tokens=400, ignore_eos=True, stream=True,
+        n=8,
         logprobs=True, top_logprobs=20)).encode()
     with server(patience=.5) as (client, loop):
         s = connect(client)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_RESULTS', 'FILES', 'app', 'ONE_FOLDER', 'RUN_FOLDERS', 'ROOT', 'hardware', 'begin_record', 'numbers_in',
-           'RunRecord', 'read_run', 'find_runs', 'differing', 'shared_results', 'comparison_figure', 'list_runs',
+           'RunRecord', 'run_of', 'find_runs', 'differing', 'shared_results', 'comparison_figure', 'list_runs',
            'show_run', 'compare_runs', 'main']
 
 # %% ../nbs/22_records.ipynb #0600003
@@ -114,7 +114,7 @@ def _json_in(path: Path) -> dict:
 # %% ../nbs/22_records.ipynb #0600011
 FILES = "run.json", "stages.json", "metrics.json"
 
-def read_run(
+def run_of(
     folder: str | Path, # of one run
 ) -> RunRecord:
     "Read what a run's folder says. Raises `TitaError` where it holds no run."
@@ -134,7 +134,7 @@ def find_runs(
     found = []
     for folder, inside, files in os.walk(root):
         if set(FILES) & set(files):
-            found.append(read_run(folder))
+            found.append(run_of(folder))
             inside.clear()
     return sorted(found, key=lambda run: (run.made_by.get("time", ""), str(run.folder)))
 
@@ -213,7 +213,7 @@ def show_run(
     having: option(str, "only results with this in their name") = "",
 ):
     "One run: its settings, stages and results."
-    run = read_run(folder)
+    run = run_of(folder)
     _table(f"{folder.name}: settings", ["parameter", "value"], run.settings.items())
     _table("stages", ["stage", "seconds"], run.seconds.items())
     _table("results", ["result", "value"], ((k, float(v)) for k, v in run.results.items() if having in k))
@@ -231,7 +231,7 @@ def compare_runs(
     "What differs between runs: settings first, then results."
     if len(folders) < 2:
         raise TitaError("compare takes two runs or more; `tita-runs show` is for one")
-    runs = [read_run(folder) for folder in folders]
+    runs = [run_of(folder) for folder in folders]
     head = [run.folder.name for run in runs]
     _table("settings that differ", ["parameter", *head], ((k, *v) for k, v in differing(runs).items()))
     results, left_out = shared_results(runs, having)

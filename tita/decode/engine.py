@@ -41,8 +41,7 @@ class Engine(Slots):
         self.noise_seed, self.leader = noise_seed, leader or share_towers(experts)
         self.least_free = max(1, int(slots * refill))
         self.queue, self.ready = deque(), deque() # rows that wait, and those among them that can be read
-        self.kept = set() # keys of images that stay
-        self.steps, self.is_closed = 0, False
+        self.kept, self.steps, self.is_closed = set(), 0, False # keys of images that stay; steps so far
         for e in self.experts:
             e.open(slots, 64, self)
             e.kept = self.kept

@@ -331,6 +331,7 @@ def report_html(
         few = [name for name in FIRST[0] if name in data]
         page.table(results, metrics=[m for m in FIRST[1] if m in data[system]], systems=few, titles=titles)
     if examples:
-        page.section("What was asked, and what was answered", f"{drawn}\n\n{texts('run')['examples']}").examples(examples)
+        text = f"{drawn}\n\n{texts('run')['examples']}"
+        page.section("What was asked, and what was answered", text).examples(examples)
     page.section("How it works").method()
     return _rest(page, results, figures, info, titles)

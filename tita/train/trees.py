@@ -241,13 +241,13 @@ def encode_rows(
 ) -> list[dict]: # per row: image_ids, prompt_ids (a placeholder for each image), and NAME_ids for each answer
     "Tokenise all rows at once. Raises `TitaError` for a row whose images and placeholders do not match."
     prompts, texts, numbers = [], [], []
-    known = {}
+    known, places = {}, places or [f"row {i}" for i in range(len(rows))]
     for i, row in enumerate(progress(rows, "reading rows", unit="row")):
         try:
             images, messages = as_messages(row, answers)
             texts += [_answer_text(messages[a]) for a in answers]
         except TitaError as e:
-            raise TitaError(f"{places[i] if places else f'row {i}'}: {e}") from None
+            raise TitaError(f"{places[i]}: {e}") from None
         numbers.append([store.add(im, row.get("view", "clean"), row.get("view_seed", 0)) for im in images])
         prompts.append(_rendered(store.processor, messages["prompt"], known))
     ids = iter(answer_ids(store.processor, texts))
@@ -256,8 +256,7 @@ def encode_rows(
         row |= {f"{a}_ids": next(ids) for a in answers} | {"image_ids": seen}
     for i, row in enumerate(out):
         if (found := row["prompt_ids"].count(store.token_id)) != (n := len(row["image_ids"])):
-            where = places[i] if places else f"row {i}"
-            raise TitaError(f"{where}: {n} images but {found} image tokens in its prompt; one <image> each")
+            raise TitaError(f"{places[i]}: {n} images but {found} image tokens in its prompt; one <image> each")
     return out
 
 # %% ../../nbs/train/51_trees.ipynb #001d4fca
