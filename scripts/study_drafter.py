@@ -12,6 +12,7 @@ the reward and learn the aligned distribution on aligned answers to training sce
 of other scenes, one row at a time.
 """
 import argparse
+import copy
 import random
 import statistics
 import time
@@ -26,9 +27,25 @@ from tita.models import chat_prompt
 from tita.decode.speculation import SpeculativeEngine
 from tita.train.trees import tree_logits
 from tita.world.embedded import ASK, load_models, make_scenes
-from tita.studies.world_models import IGNORE, LONG, Schedule, Tokens, kl, pixels, shrink
+from tita.studies.world_models import IGNORE, Schedule, Tokens, pixels
+from tita.train.distill import kl
 
 ROOT = Path(__file__).resolve().parent.parent
+LONG = "caption", "text", "house", "plate" # kinds of questions that want long answers
+
+
+def shrink(model, keep: tuple):
+    "A smaller model that starts from the larger one's own layers `keep`."
+    small = copy.deepcopy(model)
+    layers = small.get_decoder().layers
+    small.get_decoder().layers = torch.nn.ModuleList(layers[k] for k in keep)
+    for k, layer in enumerate(small.get_decoder().layers):
+        layer.self_attn.layer_idx = k # where its cache is
+    config = small.config.get_text_config()
+    config.num_hidden_layers = len(keep)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[k] for k in keep]
+    return small
 
 
 class Drafted(SpeculativeEngine):
@@ -36,8 +53,8 @@ class Drafted(SpeculativeEngine):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.drafter = self.experts[-1]
-    def _score(self, logits):
-        return super()._score(logits[:-1])
+    def _score(self, logits, rows=None):
+        return super()._score(logits[:-1], rows)
 
 
 def run(dec, experts, image, draft: int, new: int) -> SpeculativeEngine:
