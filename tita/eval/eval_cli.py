@@ -7,7 +7,7 @@ __all__ = ['eval_app', 'Include', 'Tasks', 'Out', 'Data', 'Limit', 'Offset', 'Pa
            'Temperature', 'Repeats', 'Seed', 'Device', 'Dtype', 'Base', 'Reward', 'Ref', 'Dpo', 'Lam', 'Bound', 'Gate',
            'Baselines', 'BestOf', 'Sentences', 'parse_lams', 'endpoint_system', 'Options', 'first_decoder', 'guided',
            'local_systems', 'more_systems', 'model_alone', 'who_answers', 'check_run', 'list_command', 'run_benchmarks',
-           'score_command', 'gather', 'compare_command', 'main']
+           'score_command', 'gather', 'compare_command', 'published_command', 'submit_command', 'main']
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900003
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ import typer
 from ..core import TitaError, cli, commands, option, write_json, write_text
 import tita.eval.benchmarks  # its tasks are found by name
 from .eval_runs import Plan, Run, read_run, read_samples, results_lines, run_tasks, score_run
-from .eval_runs import take_answers, write_samples
+from .eval_runs import take_answers, write_samples, write_submission
 from .tasks import TASKS, find_tasks, include_tasks, missing_files
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900021
@@ -283,6 +283,36 @@ def compare_command(
     write_samples(out/"flipped.jsonl", changes)
     write_text(out/"gallery.html", gallery(changes, compared, folders, most))
     print(f"{table}\n\n{len(changes)} answers changed sides: {out/'flipped.jsonl'}, {out/'gallery.html'}")
+
+# %% ../../nbs/eval/69_eval_cli.ipynb #e6900047
+@eval_app.command("published")
+@cli
+def published_command(
+    run: Annotated[Path, typer.Argument(help="folder of a run, for a column of ours")] = None,
+):
+    "What SeVa, TITA and mllm-dpo published, with sources; a cell that nobody has run says so."
+    from tita.eval.comparisons import published_rows
+    results = read_run(run) if run else dict(scores={}, tasks={})
+    main = {t: about["main"] for t, about in results["tasks"].items()}
+    heads = [["model", "benchmark", "figure", "ours", "source"], ["---"] * 5]
+    for row in heads + published_rows(results["scores"], main):
+        print(f"| {' | '.join(row)} |")
+
+# %% ../../nbs/eval/69_eval_cli.ipynb #e6900049
+@eval_app.command("submit")
+@cli
+def submit_command(
+    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    task: option(str, "whose answers"), system: option(str, "who answered"),
+    form: option(str, "mmvet, mmbench, vizwiz, vqav2 or seed"), out: option(Path, "the file that is written"),
+    table: option(Path, "with mmbench: the TSV that was asked") = None,
+):
+    "Answers as the file that a benchmark's server takes."
+    results = read_run(run)
+    if task not in results["tasks"] or system not in results["systems"]:
+        raise TitaError(f"{run}: has the tasks {', '.join(results['tasks'])} and the systems "
+            f"{', '.join(results['systems'])}; name one of each")
+    print(write_submission(read_samples(run, task, system), form, out, table))
 
 def main():
     eval_app()
