@@ -8,6 +8,7 @@ __all__ = ['COLUMNS', 'NOTE', 'GROUPS', 'PUBLISHED', 'swap_test', 'questions_nee
 
 # %% ../../nbs/eval/67_comparisons.ipynb #e6700003
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 import numpy as np
@@ -205,23 +206,33 @@ def _card(change: Mapping, groups: Sequence, folders: Sequence[Path], limit: flo
 # %% ../../nbs/eval/67_comparisons.ipynb #e6700038
 GROUPS = "task", "system", "direction", "kind"
 
+def _spread(changes: Sequence[Mapping], most: int) -> list[Mapping]:
+    "The first of each task and system, then the second of each, and so on."
+    seen, ranked = Counter(), []
+    for i, c in enumerate(changes):
+        seen[c["task"], c["system"]] += 1
+        ranked.append((seen[c["task"], c["system"]], i))
+    return [changes[i] for i in sorted(i for _, i in sorted(ranked)[:most])]
+
+# %% ../../nbs/eval/67_comparisons.ipynb #e6700051
 def gallery(
     changes: Sequence[Mapping], # of `flipped`
     compared: Mapping, # of `compare_systems`
     folders: Sequence[str | Path] = (), # where images are looked for
-    most: int = 200, # cards; the first of each task and system
+    most: int = 200, # cards; as many of each task and system
 ) -> str: # a page
     "Both answers to every question that changed sides, and the table above them."
-    shown = list(changes)[:most]
+    shown = _spread(changes, most)
     named = [(g, sorted({c[g] for c in shown if c.get(g)})) for g in GROUPS]
     groups = [(g, values) for g, values in named if len(values) > 1]
     limit = reward_limit([r for c in shown for _, r in c.get("tokens") or ()])
     cards = [_card(c, groups, [Path(f) for f in folders], limit) for c in shown]
-    told = f"{len(changes)} answers changed sides" + f", the first {most} are shown" * (len(changes) > most) + "."
+    told = f"{len(changes)} answers changed sides" + f", {most} of them are shown" * (len(changes) > most) + "."
     page = Report("What changed", f"Every system against {compared['reference']}. {told}")
-    page.section("Figures", NOTE.format(**compared)).table(comparison_rows(compared), COLUMNS).section("Questions")
+    page.section("Questions")
     page.parts.append(Markup(templates().get_template("gallery.html").render(groups=groups, cards=cards)))
-    return page.html()
+    figures = [row[:-1] for row in comparison_rows(compared)]
+    return page.section("Figures", NOTE.format(**compared)).table(figures, COLUMNS[:-1]).html()
 
 # %% ../../nbs/eval/67_comparisons.ipynb #e6700040
 _SEVA = "llava_bench mm_vet mmbench mmbench_cn pope seed shr scienceqa gqa".split()
