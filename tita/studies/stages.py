@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from ..records import begin_record
 from ..core import TitaError, image_path, progress, read_jsonl, stable_hash, write_json
 from ..eval.metrics import METRICS
 from ..world.embedded import ASK, OBJECTS
@@ -407,9 +408,9 @@ class Stages:
             self.known = json.loads(self.path.read_text())
         if self.known["key"] != stable_hash(settings):
             changed = ", ".join(k for k in settings if self.known["settings"].get(k) != settings[k])
-            cure = "name another folder (out) or remove this one"
-            raise TitaError(f"{out} holds a run with other settings ({changed}); {cure}")
+            raise TitaError(f"{out} holds a run with other settings ({changed}); name another folder or remove it")
         write_json(self.path, self.known)
+        begin_record(out, settings)
 
     @contextmanager
     def __call__(self, name: str):
