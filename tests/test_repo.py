@@ -200,6 +200,11 @@ def test_stores_no_error(nb):
     assert not bad, f"{nb.name}: {bad}"
 
 @each(NOTEBOOKS)
+def test_outputs_are_small(nb):
+    "`python scripts/shrink_outputs.py NOTEBOOK` makes them so."
+    assert nb.path.stat().st_size <= 150_000
+
+@each(NOTEBOOKS)
 def test_stores_no_place_of_this_machine(nb):
     "A path in an output tells where it was run, and differs on every machine."
     places = {str(ROOT), str(Path.home()), "site-packages"}
