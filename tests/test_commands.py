@@ -13,6 +13,10 @@ OURS = re.compile(r"(?:\w+=\S* +)*(tita-[a-z]+|(?:bash|python|sbatch|papermill) 
 ENTRIES = dict(line.split("=", 1) for line in test_repo.CFG["console_scripts"].split("\n"))
 COMMENTED = [*(ROOT/"scripts").rglob("*.yaml"), *(ROOT/"scripts").glob("*.sh")]
 
+def shown_in(text):
+    "Fenced blocks, and those that are indented."
+    return [*BLOCK.findall(text), "\n".join(re.findall(r"^    (\S.*|    .*)", text, re.M))]
+
 def blocks():
     "Text that shows commands: (where, text)."
     for path in [*ROOT.glob("*.md"), *(ROOT/"data").glob("*.md")]:
@@ -20,7 +24,7 @@ def blocks():
             yield path.relative_to(ROOT), text
     for nb in test_repo.NOTEBOOKS:
         for cell in nb.cells:
-            for text in BLOCK.findall(cell.source) if cell.kind == "markdown" else []:
+            for text in shown_in(cell.source) if cell.kind == "markdown" else []:
                 yield nb.name, text
     for path in COMMENTED:
         comments = re.findall(r"^#[ \t]+(.*)", path.read_text(encoding="utf-8"), re.M)
@@ -40,8 +44,9 @@ is_tita = lambda found: bool(re.match(r"(\w+=\S* +)*tita-", found[1]))
 @cache
 def interface(entry):
     "The click command behind an entry point, or None for tita-train, which reads TRL's fields."
-    module = importlib.import_module(ENTRIES[entry].split(":")[0])
-    app = getattr(module, "app", None)
+    module, function = ENTRIES[entry].split(":")
+    found = importlib.import_module(module)
+    app = getattr(found, function.replace("main", "app"), None)
     return typer.main.get_command(app) if isinstance(app, typer.Typer) else None
 
 @cache

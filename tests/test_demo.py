@@ -42,6 +42,7 @@ def given(mine, **other):
     rows = dict(images=mine/"images", questions=mine/"questions.jsonl")
     return [word for pair in (models | rows | other).items() for word in pair]
 
+@pytest.mark.slow
 def test_other_models_on_photographs(mine, tmp_path):
     run = subprocess.run(demo(tmp_path/"run", *given(mine)), cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -34,6 +34,7 @@ TASK = Task("mine", "1", "a task of one's own", lambda folder: rows, lambda r: r
 '''
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
     "A run that was killed while it wrote goes on: what was answered is not asked again, and the result is the same."
     (tmp_path/"mine.py").write_text(SLOW)

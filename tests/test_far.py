@@ -48,7 +48,9 @@ def test_the_device_refuses_what_a_gpu_refuses():
     assert not isinstance(BASE.lm_head.weight.data, FarTensor)
 
 
-@pytest.mark.parametrize("form", FORMS)
+SLOW = "interpolate", "arm"
+
+@pytest.mark.parametrize("form", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in FORMS])
 def test_the_same_answers(form):
     "Every form and mode; every other one with recordings."
     images, questions = prompts(7)

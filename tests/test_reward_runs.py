@@ -18,6 +18,7 @@ def outputs(out):
 def printed(out):
     return "".join("".join(o.get("text", [])) for o in outputs(out))
 
+@pytest.mark.slow
 def test_train_reward_notebook(tmp_path):
     "Pairs, the command with its log, curves and measures; the second time nothing is trained."
     out = tmp_path/"run"
