@@ -473,11 +473,13 @@ def test_bench(plain, tmp_path):
     asked = enumerate(SCENES[0].questions[:6])
     rows = [dict(question_id=i, image="a.png", text=q.text, answer=q.answer) for i, q in asked]
     (tmp_path/"q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    args = ["run", tmp_path/"q.jsonl", "--images", tmp_path, "--out", tmp_path/"out",
-        "--url", client.base_url, "--model", "tita"]
+    args = ["run", "--questions", tmp_path/"q.jsonl", "--images", tmp_path, "--out", tmp_path/"out.jsonl",
+        "--base-url", client.base_url, "--model", "tita"]
     r = subprocess.run([sys.executable, "-c", "from tita.bench.bench_cli import main; main()", *map(str, args)],
         capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert r.returncode == 0, r.stdout + r.stderr
+    said = [json.loads(line) for line in (tmp_path/"out.jsonl").read_text().splitlines()]
+    assert len(said) == 6 and all(row["success"] for row in said)
 
 
 @pytest.mark.slow
