@@ -244,7 +244,7 @@ def submit(self: Loop, jobs: list[Awaited]):
             raise Full(f"{len(self.waiting)} answers are waiting, there is no room for more", max(1, min(60, wait)))
         for job in jobs:
             job.came = self.now()
-            turn = job.came + job.sampling.max_new_tokens * self.token_seconds
+            turn = job.came + job.sampling.max_new_tokens * self.token_seconds / 2
             heapq.heappush(self.waiting, (turn, next(self.numbers), job))
         self.turn.notify()
 
