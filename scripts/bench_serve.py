@@ -150,7 +150,8 @@ def serve(slots: int):
 def report(a, found: dict) -> str:
     info = run_info(["torch", "transformers", "fastapi", "uvicorn"])
     rows = "\n".join(f"| {name} | {value} |" for name, value in found.items())
-    command = f"python scripts/bench_serve.py --seconds {a.seconds:g} --clients {a.clients} --slots {a.slots}"
+    how = f"--seconds {a.seconds:g} --clients {a.clients} --slots {a.slots} --questions {a.questions}"
+    command = f"python scripts/bench_serve.py {how}"
     made_with = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
     load, lengths = os.getloadavg()[0], ", ".join(map(str, LENGTHS))
     return f"""# tita-serve under load
