@@ -266,9 +266,6 @@ def chat(
         url = server or stack.enter_context(_own_server())
         converse(url, os.environ.get("TITA_API_KEY", "none"), model, picture, message, **request)
 
-chat_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-chat_app.command()(cli(chat))
-
 # %% ../../nbs/serve/79_serve_cli.ipynb #79a00021
 def _own_server():
     "A server with the embedded pair, for as long as the conversation lasts."
@@ -293,6 +290,10 @@ def converse(url: str, key: str, model: str | None, image, message: str | None, 
         why = said.get("message") if isinstance(said, dict) else None
         why = why or type(e).__name__
         raise TitaError(f"{url}: {why}; is it the address of an OpenAI-compatible server?") from None
+
+# %% ../../nbs/serve/79_serve_cli.ipynb #79a00038
+chat_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+chat_app.command()(cli(chat))
 
 def chat_main():
     chat_app()
