@@ -502,13 +502,14 @@ def test_a_slow_reader_ends_and_harms_nobody():
 
 
 @pytest.mark.slow
-def test_no_defect_by_schemathesis(plain):
+def test_no_defect_by_schemathesis(plain, tmp_path):
     if importlib.util.find_spec("schemathesis") is None:
         pytest.skip("schemathesis is not installed")
     client, loop = plain
     url = str(client.base_url).replace("/v1/", "/openapi.json")
     r = subprocess.run([sys.executable, "-m", "schemathesis.cli", "run", url, "--checks", "not_a_server_error",
-        "--max-examples", "60", "--seed", "1"], capture_output=True, text=True)
+        "--max-examples", "60", "--seed", "1"], capture_output=True, text=True,
+        cwd=tmp_path)
     assert r.returncode == 0, r.stdout[-3000:] + r.stderr[-1000:]
     assert loop.health() is None
 

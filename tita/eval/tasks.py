@@ -215,7 +215,8 @@ TASKS: dict[str, Task] = {}
 def register(*tasks: Task):
     "Let tasks be found by their names. Raises `TitaError` for a name that another one has."
     for t in tasks:
-        if TASKS.get(t.name, t) != t:
+        known = TASKS.get(t.name, t) # a task that is defined again, as by its notebook, takes its own place
+        if (known.version, known.about) != (t.version, t.about):
             raise TitaError(f"there is a task {t.name!r} already; give yours another name")
         TASKS[t.name] = t
 

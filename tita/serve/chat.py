@@ -22,19 +22,23 @@ from .loop import Awaited, SaidToken
 
 # %% ../../nbs/serve/77_chat.ipynb #77a00007
 class ImageUrl(BaseModel):
+    "Where an image is."
     url: str # data:image/...;base64,..., or http(s) where its host is allowed
 
 class ContentPart(BaseModel):
+    "A piece of a message: text or an image."
     type: Literal["text", "image_url"]
     text: str | None = None
     image_url: ImageUrl | str | None = None
 
 class Message(BaseModel):
+    "One turn of a conversation."
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[ContentPart]
 
 # %% ../../nbs/serve/77_chat.ipynb #77a00070
 class StreamOptions(BaseModel):
+    "A part of what a client sends."
     include_usage: bool = False
     continuous_usage_stats: bool = False
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INK', 'GREY', 'RULE', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'STYLE', 'CURVES', 'Picture', 'styled', 'panels', 'label_at',
-           'view_grid', 'reward_limit', 'reward_rgba', 'token_pieces', 'changed', 'fit', 'token_heatmap',
-           'training_curves', 'metric_title', 'strength_sweep', 'results_forest', 'count_text']
+           'view_grid', 'reward_limit', 'reward_rgba', 'token_pieces', 'changed', 'text_width', 'flow', 'fit',
+           'token_heatmap', 'training_curves', 'metric_title', 'strength_sweep', 'results_forest', 'count_text']
 
 # %% ../../nbs/show/65_plots.ipynb #f4e507c1
 import difflib, functools, io, math, re, textwrap, warnings

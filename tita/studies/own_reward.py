@@ -61,6 +61,7 @@ def own_reward(
     kept = dict(per_device_eval_batch_size=batch_size, logging_steps=50, save_strategy="steps", save_steps=400)
     trained, _ = train_distill(
         base, student, processor, said, images, out, resume=True, top_k=top_k, held_out=.02, **course, **kept)
+    trained.config.name_or_path = str(out) # as when it is read from there
     told = json.loads((Path(out)/"metrics.json").read_text())
     return trained.eval(), {when: told.get(when) for when in ("before", "after")}
 
