@@ -17,11 +17,9 @@ alone* is counted, too: the time of an answer less that of one of a single token
 the floor: how long the bytes of weights and caches that it needs take at the rate of a large copy on that device.
 """
 import argparse
-import contextlib
 import copy
 import math
 import os
-import platform
 import statistics
 import time
 from typing import NamedTuple
@@ -33,6 +31,7 @@ from tita.decode.engine import Row
 from tita.decode.guidance import SAFE
 from tita.decode.hf import AlignedLogitsProcessor
 from tita.models import chat_prompt
+from tita.records import processor_name
 from tita.decode.pace import Pace
 from tita.decode.speculation import SpeculativeEngine
 
@@ -538,9 +537,7 @@ def machine(args) -> str:
     "The processor or GPU by name."
     if args.device.startswith("cuda"):
         return torch.cuda.get_device_name(args.device)
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
-        return next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), platform.machine())
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def parse() -> argparse.Namespace:

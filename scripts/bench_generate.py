@@ -8,7 +8,7 @@ SeVa's way is one row at a time and one view at a time: open the image, process 
 size 1. The two ways take turns, so that both see the same machine; the ratio of each round is what counts. Exit code 1
 if the ratio is below --least.
 """
-import argparse, os, platform, statistics, sys, tempfile, time
+import argparse, os, statistics, sys, tempfile, time
 from pathlib import Path
 
 def sevas_way(model, processor, questions, images, views, max_new_tokens, seed):
@@ -84,14 +84,10 @@ def compare(model, processor, questions, images, args):
 def machine():
     "What the figures were taken on: processor, cores, GPU, and how busy it was with other things."
     import torch
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
+    from tita.records import processor_name
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     busy = {"threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)}
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu} | busy
+    return {"cpu": processor_name(), "cores": os.cpu_count(), "gpu": gpu} | busy
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -311,20 +311,14 @@ def summed_up(found: dict) -> dict:
         out[name] = dict(metrics=told, seeds=len(cells)) | rivals.harms_and_gains(cells)
     return out
 
-def mean_cell(row: dict, metric: str, is_base: bool) -> str:
-    "Mean and change; bold where better on some seed and worse on none after Holm, italic where worse on one."
-    c, better, worse = row["metrics"][metric], *([m for _, m in row[k]].count(metric) for k in ("better", "worse"))
-    mark = "_" if worse else "**" if better else ""
-    return f"{c['value']:.1f}" + ("" if is_base else f" {mark}({c['change'][0]:+.1f}){mark}")
-
 def first_table(summed: dict, found: dict) -> str:
     "What a reader takes in at a glance."
     shown = "chair_i", "pope_adversarial_accuracy", "color_accuracy", "text_accuracy"
     rows = []
     for name, row in summed.items():
         costs = [told["cost"] for told in found.values() if name in told["cost"]]
-        pace = sum(c[name]["tokens_per_second"] / c["base"]["tokens_per_second"] for c in costs) / len(costs)
-        cells = [mean_cell(row, m, name == "base") for m in shown]
+        pace = rivals.pace_beside_base(name, found.values())
+        cells = [rivals.mean_cell(row, m, name == "base") for m in shown]
         title = TITLES[name] + f" ({row['seeds']} of {len(found)} seeds)" * (row["seeds"] < len(found))
         counts = len(row["better"]), len(row["worse"]), costs[0][name]["forwards"]
         rows.append([title, *cells, *counts, f"{pace:.2f}"])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'TitaError', 'cli', 'commands', 'option', 'from_options', 'progress', 'stable_hash', 'seed_for',
-           'set_seed', 'write_text', 'write_json', 'open_file', 'iter_jsonl', 'read_jsonl', 'JsonlWriter', 'image_path',
-           'open_image', 'data_url', 'prepare_output', 'run_info', 'shipped']
+           'set_seed', 'write_text', 'write_json', 'write_jsonl', 'whole_text', 'open_file', 'iter_jsonl', 'read_jsonl',
+           'JsonlWriter', 'image_path', 'open_image', 'data_url', 'prepare_output', 'run_info', 'shipped']
 
 # %% ../nbs/00_core.ipynb #b51c0115
 import contextlib, dataclasses, errno, functools, hashlib, importlib.metadata, importlib.util, inspect, json, os
@@ -163,6 +163,23 @@ def write_json(
 ) -> Path: # the path
     "Write JSON atomically, indented, with a last newline."
     return write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, default=str) + "\n")
+
+# %% ../nbs/00_core.ipynb #c0de5002
+def write_jsonl(
+    path: str | Path, # replaced as a whole
+    rows: list[dict], # of any kind
+) -> Path: # the path
+    "Write rows as JSON Lines; the same rows give the same bytes."
+    return write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+# %% ../nbs/00_core.ipynb #c0de5005
+def whole_text(text: str) -> str:
+    "A text that UTF-8 can hold: halves of a character that found no other half become the mark for that."
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 # %% ../nbs/00_core.ipynb #5e9a3b05
 def open_file(

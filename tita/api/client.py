@@ -14,9 +14,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 from fastcore.basics import patch
-from ..core import TitaError, data_url, image_path, open_image
+from ..core import TitaError, data_url, image_path, open_image, whole_text
 from .endpoints import Endpoint, redact
-from .replies import KINDS, Kind, Reply, Trouble, mend_text, name_trouble, read_reply, refused
+from .replies import KINDS, Kind, Reply, Trouble, name_trouble, read_reply, refused
 
 # %% ../../nbs/api/33_client.ipynb #bfe64e8c
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ async def attempt(self: Client, body: dict, reply: Reply | None = None) -> Reply
 @patch
 def hide(self: Client, text: str) -> str:
     "A text from the server in one line and without the key."
-    return redact(mend_text(" ".join(text.split())[:400]), self.endpoint.key)
+    return redact(whole_text(" ".join(text.split())[:400]), self.endpoint.key)
 
 # %% ../../nbs/api/33_client.ipynb #cbea7c5a
 @patch

@@ -12,10 +12,10 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..api.client import EndpointAnswerer, make_body
 from ..api.endpoints import Endpoint, any_endpoint
-from ..core import TitaError, seed_for
+from ..core import TitaError, seed_for, whole_text
 from ..views import parse_view, view_seed
 from .sources import get_image
-from .answers import LocalEngine, answer_key, what_is_shown, whole_text
+from .answers import LocalEngine, answer_key, what_is_shown
 
 # %% ../../nbs/data/43_answerers.ipynb #42a650d4
 def server_endpoint(

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from ..core import JsonlWriter, TitaError, progress, read_jsonl, seed_for, write_json
+from ..core import JsonlWriter, TitaError, progress, read_jsonl, seed_for, write_json, whole_text
 from ..decode.decoder import AlignedDecoder
 from ..decode.lineup import SERVER, name_of
 from ..rows import ImageFolder
@@ -72,11 +72,6 @@ def what_is_shown(
     if task["view"] == "swap":
         return swap_image(task["image"], names, seed), "clean"
     return task["image"], task["view"]
-
-# %% ../../nbs/data/42_answers.ipynb #41fc7806
-def whole_text(text: str) -> str:
-    "A text that can be written: halves of a character that found no other half become the mark for that."
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 # %% ../../nbs/data/42_answers.ipynb #3dab81b9
 def error_row(task: dict, why: str) -> dict:

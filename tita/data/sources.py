@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'MOST_PIXELS', 'sample_questions', 'read_questions', 'read_answers', 'read_pair_rows', 'to_seva', 'to_mllm',
-           'to_llava', 'get_image', 'check_questions_file', 'write_parquet', 'parquet_images', 'write_jsonl',
-           'image_name', 'write_training_rows']
+           'to_llava', 'get_image', 'check_questions_file', 'write_parquet', 'parquet_images', 'image_name',
+           'write_training_rows']
 
 # %% ../../nbs/data/40_sources.ipynb #95045d95
 import hashlib, heapq, json, re, tempfile, warnings
@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
-from ..core import TitaError, open_image, progress, seed_for, write_text
+from ..core import TitaError, open_image, progress, seed_for, write_text, write_jsonl
 from ..preferences import LOGPS, SCORED, as_turns, clean_question, pair_rows, question_rows, turn_pairs
 from ..rows import ImageFolder, Line, find_image, iter_records, read_rows
 
@@ -316,14 +316,6 @@ def parquet_images(
         if "picture" not in rows.column_names:
             raise TitaError(f"{path}: has no pictures; give the image folder")
         return {r["image"]: r["picture"].convert("RGB") for r in rows if r["image"]}
-
-# %% ../../nbs/data/40_sources.ipynb #34ab3ca3
-def write_jsonl(
-    path: str | Path, # replaced as a whole
-    rows: list[dict], # of any kind
-) -> Path: # the path
-    "Write rows as JSON Lines; the same rows give the same bytes."
-    return write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 # %% ../../nbs/data/40_sources.ipynb #40d0e002
 def image_name(image) -> str:

@@ -16,13 +16,13 @@ from fastcore.basics import patch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily
 from starlette.exceptions import HTTPException as AnyHTTPException
-from ..core import TitaError
+from ..core import TitaError, whole_text
 from ..decode.decoder import check_draft
 from ..decode.engine import Output
 from ..decode.guidance import FORMS, Guidance
 from .chat import ApiError, Chat, Choice, Limits, Steer
-from .chat import error_of, load_image, refuse_unhonoured, take_apart, usage_of, whole_text
-from .loop import Full, Awaited, Loop
+from .chat import error_of, load_image, refuse_unhonoured, take_apart, usage_of
+from .loop import Awaited, Full, Loop, hand_over
 
 # %% ../../nbs/serve/78_app.ipynb #78a00025
 LOG = logging.getLogger("tita.serve")
@@ -122,10 +122,6 @@ async def jobs(self: Service, chat: Chat, inbox: asyncio.Queue) -> list[Awaited]
         seed, i, top, asked.name) for i in range(n)]
 
 # %% ../../nbs/serve/78_app.ipynb #78a00030
-def _put_all(batch: list):
-    for job, events in batch:
-        job.hear(events)
-
 class Exchange:
     "One request and its answers."
     def __init__(self, service: Service, chat: Chat):
@@ -337,7 +333,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app):
         here = asyncio.get_running_loop()
-        loop.carry = lambda batch: here.call_soon_threadsafe(_put_all, batch)
+        loop.carry = lambda batch: here.call_soon_threadsafe(hand_over, batch)
         loop.start()
         yield
         await asyncio.to_thread(loop.close, limits.drain_seconds)

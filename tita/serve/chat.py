@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FINISH', 'ImageUrl', 'ContentPart', 'Message', 'StreamOptions', 'Steer', 'Chat', 'ApiError', 'refuse_unhonoured',
-           'Limits', 'load_image', 'Asked', 'whole_text', 'take_apart', 'Choice', 'error_of', 'usage_of']
+           'Limits', 'load_image', 'Asked', 'take_apart', 'Choice', 'error_of', 'usage_of']
 
 # %% ../../nbs/serve/77_chat.ipynb #77a00004
 import asyncio, base64, contextlib, hashlib, io, json
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from fastapi import HTTPException
 from fastcore.basics import patch
 from pydantic import BaseModel, Field
-from ..core import TitaError, open_image
+from ..core import TitaError, open_image, whole_text
 from ..decode.engine import Output
 from ..decode.prompts import Talk
 from ..decode.sampling import Text
@@ -179,10 +179,6 @@ class Asked:
     question: str # or a Talk
     urls: list # of its images, in order
     name: str # of its images with what stands before them, see `Warm`
-
-def whole_text(text: str) -> str:
-    "Text that UTF-8 can hold."
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 def _parts(message: Message) -> list[dict]:
     "Content as templates read it; an image carries its address."

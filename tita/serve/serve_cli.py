@@ -7,7 +7,7 @@ __all__ = ['app', 'chat_app', 'make_server', 'serving', 'read_keys', 'serve', 's
            'show_turn', 'talk', 'chat', 'converse', 'chat_main']
 
 # %% ../../nbs/serve/79_serve_cli.ipynb #79a00003
-import contextlib, json, logging, os, signal, socket, sys, threading
+import contextlib, json, logging, os, signal, socket, threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -153,12 +153,12 @@ app.command()(cli(serve))
 def serve_models(o: SimpleNamespace):
     "Load the models, and serve them until the process is told to end."
     _needs("fastapi", "serve")
-    from tita.decode.ask import _limits, load_decoder
+    from tita.decode.ask import load_decoder, settings_over_safe
     from tita.serve.app import create_app
     from tita.serve.chat import Limits
     from tita.serve.loop import Loop
     keys = read_keys(o.key_file)
-    safe = _limits(o.lam, o.bound, o.gate)
+    safe = settings_over_safe(o.lam, o.bound, o.gate)
     decoder = load_decoder(o.base, o.reward, o.ref, device=o.device, dtype=o.dtype, form=o.form, **safe)
     loop = Loop(decoder, o.slots, o.queue, o.seconds, o.warm << 20, int(o.draft) if o.draft.isdigit() else o.draft)
     app = create_app(loop, o.name, Limits(tokens=o.max_tokens, hosts=tuple(o.image_host)), keys)

@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['Rival', 'blinded', 'true_logits', 'accuracies', 'Bench', 'short_answers', 'captions_of', 'measure', 'best_answer_of',
-           'chance', 'gain_of', 'harms_and_gains', 'over_seeds']
+           'chance', 'gain_of', 'harms_and_gains', 'over_seeds', 'mean_cell', 'pace_beside_base']
 
 # %% ../../nbs/studies/86_rivals.ipynb #85a00004
 import copy, math, time
 from dataclasses import dataclass, field
 import numpy as np, torch
 from torch.nn.functional import pad
-from ..bench.scores import holm
 from ..decode.decoder import AlignedDecoder
 from ..decode.guidance import Guidance
 from ..eval.evaluation import scene_questions
-from ..eval.metrics import METRICS, bootstrap, chair, object_finder, per_scene, score, verdict_of
+from ..eval.metrics import METRICS, chair, holm, object_finder, per_scene, score, verdict_of
 from .reward_quality import answer_rewards
 from .world_models import Tokens, pixels
 from ..train.trees import tree_logits
@@ -210,3 +209,22 @@ def over_seeds(
         return mean, None, None
     half = t.ppf(.975, n - 1) * np.std(deltas, ddof=1) / math.sqrt(n)
     return mean, mean - float(half), mean + float(half)
+
+# %% ../../nbs/studies/86_rivals.ipynb #85a00022
+def mean_cell(
+    row: dict, # of a system: metrics -> value and change; better and worse, of `harms_and_gains`
+    metric: str, # one of them
+    is_base: bool, # is it what all others are compared with?
+) -> str:
+    "Mean and change; bold where better on some seed and worse on none after Holm, italic where worse on one."
+    c, better, worse = row["metrics"][metric], *([m for _, m in row[k]].count(metric) for k in ("better", "worse"))
+    mark = "_" if worse else "**" if better else ""
+    return f"{c['value']:.1f}" + ("" if is_base else f" {mark}({c['change'][0]:+.1f}){mark}")
+
+def pace_beside_base(
+    name: str, # of a system
+    seeds, # of each seed: cost -> system -> tokens_per_second
+) -> float:
+    "Tokens a second of processor time against the base's, in the mean over the seeds that have the system."
+    costs = [told["cost"] for told in seeds if name in told["cost"]]
+    return sum(c[name]["tokens_per_second"] / c["base"]["tokens_per_second"] for c in costs) / len(costs)

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from ..records import begin_record
-from ..core import TitaError, image_path, progress, read_jsonl, stable_hash, write_json
+from ..core import TitaError, image_path, read_jsonl, stable_hash, write_json
 from ..eval.metrics import METRICS
 from ..world.embedded import ASK, OBJECTS
 
