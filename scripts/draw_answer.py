@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""Draw the first page's picture: one image, what the frozen base says of it, and what it says when aligned.
+
+    python scripts/draw_answer.py [--reward runs/demo/reward]
+
+The picture is chosen by a rule, not by eye: of SCENES test scenes it is the first on which the base names an object
+that is not there, and the aligned base names everything that is there and nothing else. How often the aligned answer
+is better and how often worse is counted over all of these scenes and written beside the picture. The base is the
+embedded world's, seed 0; the reward is what `bash scripts/demo.sh` leaves; the settings are the recommended ones
+(`tita.studies.own_reward.OWN`). Writes nbs/images/answer.svg and results/answer.json.
+"""
+import argparse, base64, io
+from pathlib import Path
+from xml.sax.saxutils import escape
+from PIL import Image
+from tita.core import TitaError, cli, run_info, write_json, write_text
+from tita.decode.decoder import AlignedDecoder
+from tita.models import load_vlm
+from tita.show.plots import flow, reward_limit, reward_rgba, token_pieces
+from tita.studies.own_reward import OWN
+from tita.world.embedded import ASK, OBJECTS, load_models, make_scenes
+
+ROOT = Path(__file__).resolve().parent.parent
+SCENES, SEED = 200, 0
+WIDTH, LEFT = 860, 236 # pixels: of all, up to the words
+SIZE, STEP = 15, 27 # pixels: of a letter, of a line
+STYLE = """
+text { font-family: "DejaVu Sans", Verdana, sans-serif; fill: #20242b }
+.page { fill: #ffffff; stroke: #d5d9df }
+.label { font-size: 12px; fill: #5b6470 }
+.word { font-size: 15px }
+.true { stroke: #00795a; stroke-width: 2.2 }
+.false { stroke: #c44e00; stroke-width: 2.2 }
+text.false { stroke: none; fill: #c44e00 }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e8eaed }
+  .page { fill: #16181d; stroke: #3a3f47 }
+  .label { fill: #a3abb5 }
+  .true { stroke: #45c79c }
+  .false { stroke: #ff9d5c }
+  text.false { fill: #ff9d5c }
+}"""
+
+# What is shown
+
+def named(output) -> list: # in the order in which they are said
+    "Objects of the world that an answer names."
+    return [text for text, _ in token_pieces(output.token_texts) if text in OBJECTS]
+
+def invented(output, scene) -> set:
+    return set(named(output)) - set(scene.objects)
+
+def is_the_one(scene, plain, aligned) -> bool:
+    "The rule."
+    return bool(invented(plain, scene)) and set(named(aligned)) == set(scene.objects)
+
+def both_answers(reward: Path) -> tuple: # scenes, the base's answers, the aligned ones
+    if not (reward/"config.json").is_file():
+        raise TitaError(f"{reward}: no reward; `bash scripts/demo.sh` trains one, or name another with --reward")
+    base, _, processor = load_models()
+    scenes = make_scenes(SCENES, SEED)
+    asked = [s.image for s in scenes], [ASK["caption"]] * SCENES
+    decoders = AlignedDecoder(base, processor=processor), AlignedDecoder(base, load_vlm(reward), processor, **OWN)
+    return scenes, *(d.generate(*asked, max_new_tokens=64, temperature=0.) for d in decoders)
+
+def counted(scenes, plain, aligned) -> dict: # what the caption tells
+    "On how many of all scenes the aligned answer invents fewer and more objects than the base's, and how many in all."
+    each = [(len(invented(p, s)), len(invented(a, s))) for s, p, a in zip(scenes, plain, aligned)]
+    said = [sum(len(set(named(o))) for o in outs) for outs in (plain, aligned)]
+    return dict(scenes=len(scenes), fewer=sum(a < p for p, a in each), more=sum(a > p for p, a in each),
+        invented=[sum(pair[i] for pair in each) for i in (0, 1)], named=said)
+
+# How it is drawn
+
+def tag(name: str, text: str = "", **attributes) -> str:
+    "An element; underscores in names of attributes are hyphens, `kind` is the class."
+    given = {"class" if k == "kind" else k.replace("_", "-"): v for k, v in attributes.items()}
+    written = "".join(f' {k}="{v:.1f}"' if isinstance(v, float) else f' {k}="{v}"' for k, v in given.items())
+    return f"<{name}{written}>{escape(text)}</{name}>" if text else f"<{name}{written}/>"
+
+def line(x: float, y: float, width: float, kind: str) -> str:
+    return tag("line", kind=kind, x1=float(x), y1=float(y), x2=float(x + width), y2=float(y))
+
+def word(text: str, x: float, y: float, width: float, scene) -> list:
+    "A word; objects are underlined where they are there, struck out where they are not."
+    kind = "" if text not in OBJECTS else "true" if text in scene.objects else "false"
+    look = "word false" if kind == "false" else "word"
+    drawn = [tag("text", text, kind=look, x=float(x + 2), y=float(y), textLength=float(width - 4))]
+    if kind:
+        drawn.append(line(x + 2, y + (4.5 if kind == "true" else -5), width - 4, kind))
+    return drawn
+
+def ground(reward: float, limit: float, x: float, y: float, width: float, height: float) -> str:
+    *rgb, opacity = reward_rgba(reward, limit)
+    return tag("rect", x=float(x), y=float(y), width=float(width), height=float(height), rx=3,
+        fill="#" + "".join(f"{c:02x}" for c in rgb), fill_opacity=f"{opacity:.2f}")
+
+def answer(label: str, output, scene, y: float, limit: float = 0.) -> tuple: # elements, the y below them
+    "A label and the words below it, on their colours if there is a limit."
+    pieces, drawn = token_pieces(output.token_texts), [tag("text", label, kind="label", x=LEFT, y=float(y))]
+    places = flow(pieces, WIDTH - LEFT - 24, SIZE, pad=2)
+    for (text, _), (dx, row, width), reward in zip(pieces, places, output.rewards):
+        at = LEFT + dx, y + STEP * (row + 1)
+        if limit:
+            drawn.append(ground(float(reward), limit, at[0], at[1] - 15.5, width, 22.))
+        drawn += word(text, *at, width, scene)
+    return drawn, y + STEP * (places[-1][1] + 1)
+
+def legend(y: float, limit: float) -> list:
+    "What colours and lines say."
+    steps, wide = 33, 132
+    drawn = [ground(limit * (2 * i / (steps - 1) - 1), limit, LEFT + i * wide / steps, y - 10, wide / steps, 12.)
+             for i in range(steps)]
+    x = LEFT + wide + 10
+    drawn.append(tag("text", f"reward of a token, −{limit:.1f} to +{limit:.1f} nats", kind="label", x=x, y=float(y)))
+    for dx, kind, told in ((260, "true", "there"), (345, "false", "invented")):
+        drawn.append(line(x + dx, y - 4 if kind == "false" else y + 1, 22, kind))
+        drawn.append(tag("text", told, kind="label", x=x + dx + 28, y=float(y)))
+    return drawn
+
+def picture(scene) -> str:
+    "The scene, pixel by pixel, inside the file."
+    out = io.BytesIO()
+    scene.image.resize((400, 400), Image.NEAREST).quantize(64).save(out, "PNG", optimize=True)
+    data = f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+    return tag("image", x=18, y=18, width=200, height=200, href=data)
+
+def drawing(scene, plain, aligned) -> str: # SVG
+    limit = reward_limit(aligned.rewards)
+    first, y = answer("The frozen model: “Describe the image.”", plain, scene, 32.)
+    second, y = answer("The same model, aligned while it writes:", aligned, scene, y + 34, limit)
+    height = max(y + 50, 236)
+    page = tag("rect", kind="page", x=.5, y=.5, width=WIDTH - 1, height=float(height - 1), rx=10)
+    told = f"The base says: {plain.text} Aligned it says: {aligned.text} In the image are: {', '.join(scene.objects)}."
+    body = [tag("title", told), f"<style>{STYLE}</style>", page, picture(scene), *first, *second]
+    body += legend(height - 20, limit)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" role="img">'
+    return "\n".join([head, *body, "</svg>"]) + "\n"
+
+@cli
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--reward", type=Path, default=ROOT/"runs/demo/reward", help="folder of the reward after DPO")
+    answers = both_answers(parser.parse_args().reward)
+    chosen = next((i for i, row in enumerate(zip(*answers)) if is_the_one(*row)), None)
+    if chosen is None:
+        raise TitaError(f"none of {SCENES} scenes fits the rule; this reward does not help its base")
+    write_text(ROOT/"nbs/images/answer.svg", drawing(*(part[chosen] for part in answers)))
+    facts = counted(*answers) | dict(seed=SEED, chosen=chosen, settings=OWN, run=run_info())
+    write_json(ROOT/"results/answer.json", facts)
+    print({k: v for k, v in facts.items() if k != "run"})
+
+if __name__ == "__main__":
+    main()
