@@ -7,7 +7,8 @@ The picture is chosen by a rule, not by eye: of SCENES test scenes it is the fir
 that is not there, and the aligned base names everything that is there and nothing else. How often the aligned answer
 is better and how often worse is counted over all of these scenes and written beside the picture. The base is the
 embedded world's, seed 0; the reward is what `bash scripts/demo.sh` leaves; the settings are the recommended ones
-(`tita.studies.own_reward.OWN`). Writes nbs/images/answer.svg and results/answer.json.
+(`tita.studies.own_reward.OWN`). Writes nbs/images/answer.svg and results/answer.json; the latter holds the same answer
+at other strengths, too, for the page about λ.
 """
 import argparse, base64, io
 from pathlib import Path
@@ -22,6 +23,7 @@ from tita.world.embedded import ASK, OBJECTS, load_models, make_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENES, SEED = 200, 0
+STRENGTHS = 0., .1, .2, .3, .4, .5, .6, .8, 1. # 1 is the reward alone
 WIDTH, LEFT = 860, 236 # pixels: of all, up to the words
 SIZE, STEP = 15, 27 # pixels: of a letter, of a line
 STYLE = """
@@ -54,14 +56,22 @@ def is_the_one(scene, plain, aligned) -> bool:
     "The rule."
     return bool(invented(plain, scene)) and set(named(aligned)) == set(scene.objects)
 
-def both_answers(reward: Path) -> tuple: # scenes, the base's answers, the aligned ones
+def decoder_of(reward: Path, lam: float = OWN["lam"]) -> AlignedDecoder:
+    "The base, guided by a trained reward. Raises `TitaError` if there is none."
     if not (reward/"config.json").is_file():
         raise TitaError(f"{reward}: no reward; `bash scripts/demo.sh` trains one, or name another with --reward")
     base, _, processor = load_models()
-    scenes = make_scenes(SCENES, SEED)
-    asked = [s.image for s in scenes], [ASK["caption"]] * SCENES
-    decoders = AlignedDecoder(base, processor=processor), AlignedDecoder(base, load_vlm(reward), processor, **OWN)
-    return scenes, *(d.generate(*asked, max_new_tokens=64, temperature=0.) for d in decoders)
+    return AlignedDecoder(base, load_vlm(reward), processor, **OWN | dict(lam=lam))
+
+def described(decoder: AlignedDecoder, scenes: list) -> list: # outputs
+    return decoder.generate([s.image for s in scenes], [ASK["caption"]] * len(scenes), 64, temperature=0.)
+
+def at_strengths(reward: Path, scene) -> list: # rows
+    "One scene's description at each of STRENGTHS."
+    for lam in STRENGTHS:
+        [output] = described(decoder_of(reward, lam), [scene])
+        told = dict(lam=lam, tokens=output.token_texts, rewards=[round(float(r), 3) for r in output.rewards])
+        yield told | dict(invented=sorted(invented(output, scene)))
 
 def counted(scenes, plain, aligned) -> dict: # what the caption tells
     "On how many of all scenes the aligned answer invents fewer and more objects than the base's, and how many in all."
@@ -90,10 +100,12 @@ def word(text: str, x: float, y: float, width: float, scene) -> list:
         drawn.append(line(x + 2, y + (4.5 if kind == "true" else -5), width - 4, kind))
     return drawn
 
-def ground(reward: float, limit: float, x: float, y: float, width: float, height: float) -> str:
+def ground(reward: float, limit: float, x: float, y: float, width: float, height: float, **look) -> str:
+    "A colour to lie under something."
     *rgb, opacity = reward_rgba(reward, limit)
-    return tag("rect", x=float(x), y=float(y), width=float(width), height=float(height), rx=3,
-        fill="#" + "".join(f"{c:02x}" for c in rgb), fill_opacity=f"{opacity:.2f}")
+    color = "#" + "".join(f"{c:02x}" for c in rgb)
+    return tag("rect", x=float(x), y=float(y), width=float(width), height=float(height), fill=color,
+        fill_opacity=f"{opacity:.2f}", **look)
 
 def answer(label: str, output, scene, y: float, limit: float = 0.) -> tuple: # elements, the y below them
     "A label and the words below it, on their colours if there is a limit."
@@ -102,7 +114,7 @@ def answer(label: str, output, scene, y: float, limit: float = 0.) -> tuple: # e
     for (text, _), (dx, row, width), reward in zip(pieces, places, output.rewards):
         at = LEFT + dx, y + STEP * (row + 1)
         if limit:
-            drawn.append(ground(float(reward), limit, at[0], at[1] - 15.5, width, 22.))
+            drawn.append(ground(float(reward), limit, at[0], at[1] - 15.5, width, 22., rx=3))
         drawn += word(text, *at, width, scene)
     return drawn, y + STEP * (places[-1][1] + 1)
 
@@ -141,14 +153,16 @@ def drawing(scene, plain, aligned) -> str: # SVG
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--reward", type=Path, default=ROOT/"runs/demo/reward", help="folder of the reward after DPO")
-    answers = both_answers(parser.parse_args().reward)
+    reward, scenes = parser.parse_args().reward, make_scenes(SCENES, SEED)
+    answers = scenes, *(described(decoder_of(reward, lam), scenes) for lam in (0., OWN["lam"]))
     chosen = next((i for i, row in enumerate(zip(*answers)) if is_the_one(*row)), None)
     if chosen is None:
         raise TitaError(f"none of {SCENES} scenes fits the rule; this reward does not help its base")
     write_text(ROOT/"nbs/images/answer.svg", drawing(*(part[chosen] for part in answers)))
-    facts = counted(*answers) | dict(seed=SEED, chosen=chosen, settings=OWN, run=run_info())
+    facts = counted(*answers) | dict(seed=SEED, chosen=chosen, settings=OWN)
+    facts |= dict(strengths=[*at_strengths(reward, scenes[chosen])], run=run_info())
     write_json(ROOT/"results/answer.json", facts)
-    print({k: v for k, v in facts.items() if k != "run"})
+    print({k: v for k, v in facts.items() if k not in ("run", "strengths")})
 
 if __name__ == "__main__":
     main()
