@@ -186,16 +186,18 @@ def site_problems(
     pages: list, # all pages
     root: Path, # PROC_DIR
 ):  # yields problems
-    "_quarto.yml's files, and a sidebar that holds each page once."
-    merged = yaml.safe_load((root/"_quarto.yml").read_text(encoding="utf-8"))
+    "_quarto.yml's files, a bar whose links are pages, and a sidebar that holds each page once."
+    merged, paths = yaml.safe_load((root/"_quarto.yml").read_text(encoding="utf-8")), {p.path for p in pages}
     for name in merged.get("metadata-files", []):
         if not (root/name).exists():
             yield f"_quarto.yml: {name} is missing"
+    bar = (merged.get("website") or {}).get("navbar") or {}
+    named = {e["href"] for side in ("left", "right") for e in bar.get(side, []) if ":" not in e["href"]}
+    yield from (f"_quarto.yml: {href} in the bar is no page" for href in sorted(named - paths))
     if not (root/"sidebar.yml").exists():
         return
     sidebar = yaml.safe_load((root/"sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]
     listed = [*sidebar_pages(sidebar["contents"])]
-    paths = {p.path for p in pages}
     yield from (f"sidebar.yml: {p} is no page" for p in sorted(set(listed) - paths))
     yield from (f"sidebar.yml lacks {p}; add it to nbs/sidebar.yml" for p in sorted(paths - set(listed)))
     yield from (f"sidebar.yml has {p} twice" for p in sorted({p for p in listed if listed.count(p) > 1}))

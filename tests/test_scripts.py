@@ -301,6 +301,11 @@ def test_docs_sidebar_holds_each_page_once(site):
         "sidebar.yml: gone.qmd is no page", "sidebar.yml lacks c.qmd; add it to nbs/sidebar.yml",
         "sidebar.yml has a.qmd twice"]
 
+def test_docs_bar_links_to_pages(site):
+    bar = "website: {navbar: {left: [{text: a, href: a.qmd}, {text: c, href: c.qmd}], right: [{href: 'https://x.y'}]}}"
+    (site/"_quarto.yml").write_text(f"metadata-files: [nbdev.yml]\n{bar}\n")
+    assert check_docs.check(site) == ["_quarto.yml: c.qmd in the bar is no page"]
+
 @pytest.mark.parametrize("link, problem", [
     ("b.ipynb#x", None), ("https://example.com/x", None), ("#here", None),
     ("https://git.example/r/blob/main/results/a.md", None), ("b.html", "is a page of the site only"),
