@@ -33,14 +33,12 @@ text { font-family: "DejaVu Sans", Verdana, sans-serif; fill: #20242b }
 .word { font-size: 15px }
 .true { stroke: #00795a; stroke-width: 2.2 }
 .false { stroke: #c44e00; stroke-width: 2.2 }
-text.false { stroke: none; fill: #c44e00 }
 @media (prefers-color-scheme: dark) {
   text { fill: #e8eaed }
   .page { fill: #16181d; stroke: #3a3f47 }
   .label { fill: #a3abb5 }
   .true { stroke: #45c79c }
   .false { stroke: #ff9d5c }
-  text.false { fill: #ff9d5c }
 }"""
 
 # What is shown
@@ -56,22 +54,23 @@ def is_the_one(scene, plain, aligned) -> bool:
     "The rule."
     return bool(invented(plain, scene)) and set(named(aligned)) == set(scene.objects)
 
-def decoder_of(reward: Path, lam: float = OWN["lam"]) -> AlignedDecoder:
+def decoder_of(reward: Path) -> AlignedDecoder:
     "The base, guided by a trained reward. Raises `TitaError` if there is none."
     if not (reward/"config.json").is_file():
         raise TitaError(f"{reward}: no reward; `bash scripts/demo.sh` trains one, or name another with --reward")
     base, _, processor = load_models()
-    return AlignedDecoder(base, load_vlm(reward), processor, **OWN | dict(lam=lam))
+    return AlignedDecoder(base, load_vlm(reward), processor, **OWN)
 
-def described(decoder: AlignedDecoder, scenes: list) -> list: # outputs
-    return decoder.generate([s.image for s in scenes], [ASK["caption"]] * len(scenes), 64, temperature=0.)
+def described(decoder: AlignedDecoder, scenes: list, lam) -> list: # outputs
+    "A description of each scene, with a strength for all or for each; at λ = 0 it is the base's, rewards and all."
+    asked = [s.image for s in scenes], [ASK["caption"]] * len(scenes)
+    return decoder.generate(*asked, max_new_tokens=64, temperature=0., lam=lam)
 
-def at_strengths(reward: Path, scene) -> list: # rows
+def at_strengths(decoder: AlignedDecoder, scene) -> list: # rows
     "One scene's description at each of STRENGTHS."
-    for lam in STRENGTHS:
-        [output] = described(decoder_of(reward, lam), [scene])
-        told = dict(lam=lam, tokens=output.token_texts, rewards=[round(float(r), 3) for r in output.rewards])
-        yield told | dict(invented=sorted(invented(output, scene)))
+    outputs = described(decoder, [scene] * len(STRENGTHS), list(STRENGTHS))
+    return [dict(lam=lam, tokens=o.token_texts, rewards=[round(float(r), 3) for r in o.rewards],
+        invented=sorted(invented(o, scene))) for lam, o in zip(STRENGTHS, outputs)]
 
 def counted(scenes, plain, aligned) -> dict: # what the caption tells
     "On how many of all scenes the aligned answer invents fewer and more objects than the base's, and how many in all."
@@ -94,8 +93,7 @@ def line(x: float, y: float, width: float, kind: str) -> str:
 def word(text: str, x: float, y: float, width: float, scene) -> list:
     "A word; objects are underlined where they are there, struck out where they are not."
     kind = "" if text not in OBJECTS else "true" if text in scene.objects else "false"
-    look = "word false" if kind == "false" else "word"
-    drawn = [tag("text", text, kind=look, x=float(x + 2), y=float(y), textLength=float(width - 4))]
+    drawn = [tag("text", text, kind="word", x=float(x + 2), y=float(y), textLength=float(width - 4))]
     if kind:
         drawn.append(line(x + 2, y + (4.5 if kind == "true" else -5), width - 4, kind))
     return drawn
@@ -107,14 +105,13 @@ def ground(reward: float, limit: float, x: float, y: float, width: float, height
     return tag("rect", x=float(x), y=float(y), width=float(width), height=float(height), fill=color,
         fill_opacity=f"{opacity:.2f}", **look)
 
-def answer(label: str, output, scene, y: float, limit: float = 0.) -> tuple: # elements, the y below them
-    "A label and the words below it, on their colours if there is a limit."
+def answer(label: str, output, scene, y: float, limit: float) -> tuple: # elements, the y below them
+    "A label, and below it the words on the colours of their rewards."
     pieces, drawn = token_pieces(output.token_texts), [tag("text", label, kind="label", x=LEFT, y=float(y))]
     places = flow(pieces, WIDTH - LEFT - 24, SIZE, pad=2)
     for (text, _), (dx, row, width), reward in zip(pieces, places, output.rewards):
         at = LEFT + dx, y + STEP * (row + 1)
-        if limit:
-            drawn.append(ground(float(reward), limit, at[0], at[1] - 15.5, width, 22., rx=3))
+        drawn.append(ground(float(reward), limit, at[0], at[1] - 15.5, width, 22., rx=3))
         drawn += word(text, *at, width, scene)
     return drawn, y + STEP * (places[-1][1] + 1)
 
@@ -138,8 +135,8 @@ def picture(scene) -> str:
     return tag("image", x=18, y=18, width=200, height=200, href=data)
 
 def drawing(scene, plain, aligned) -> str: # SVG
-    limit = reward_limit(aligned.rewards)
-    first, y = answer("The frozen model: “Describe the image.”", plain, scene, 32.)
+    limit = reward_limit([*plain.rewards, *aligned.rewards])
+    first, y = answer("The frozen model: “Describe the image.”", plain, scene, 32., limit)
     second, y = answer("The same model, aligned while it writes:", aligned, scene, y + 34, limit)
     height = max(y + 50, 236)
     page = tag("rect", kind="page", x=.5, y=.5, width=WIDTH - 1, height=float(height - 1), rx=10)
@@ -153,14 +150,14 @@ def drawing(scene, plain, aligned) -> str: # SVG
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--reward", type=Path, default=ROOT/"runs/demo/reward", help="folder of the reward after DPO")
-    reward, scenes = parser.parse_args().reward, make_scenes(SCENES, SEED)
-    answers = scenes, *(described(decoder_of(reward, lam), scenes) for lam in (0., OWN["lam"]))
+    decoder, scenes = decoder_of(parser.parse_args().reward), make_scenes(SCENES, SEED)
+    answers = scenes, *(described(decoder, scenes, lam) for lam in (0., OWN["lam"]))
     chosen = next((i for i, row in enumerate(zip(*answers)) if is_the_one(*row)), None)
     if chosen is None:
         raise TitaError(f"none of {SCENES} scenes fits the rule; this reward does not help its base")
     write_text(ROOT/"nbs/images/answer.svg", drawing(*(part[chosen] for part in answers)))
     facts = counted(*answers) | dict(seed=SEED, chosen=chosen, settings=OWN)
-    facts |= dict(strengths=[*at_strengths(reward, scenes[chosen])], run=run_info())
+    facts |= dict(strengths=at_strengths(decoder, scenes[chosen]), run=run_info())
     write_json(ROOT/"results/answer.json", facts)
     print({k: v for k, v in facts.items() if k not in ("run", "strengths")})
 
