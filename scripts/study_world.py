@@ -283,7 +283,7 @@ def tested(seed: int, args, chosen: dict) -> dict: # systems -> cells; cost
     found["best_of"], cost["best_of"] = rivals.best_answer_of(bench, **chosen["best_of"])
     told = dict(systems=bootstrap(found, "base")["systems"], against={
         other: bootstrap({k: found[k] for k in ("aligned", other)}, other)["systems"]["aligned"]
-        for other in found if other not in ("base", "aligned")}, cost=cost)
+        for other in found if other not in ("base", "aligned")}, cost=cost, commit=run_info()["commit"])
     write_json(path, told)
     return told
 
@@ -331,7 +331,8 @@ def seed_table(seed, told: dict) -> str:
         mark = {"better": "**", "worse": "_"}.get(verdict_of(m, c), "")
         return f"{c['value']:.1f} {mark}[{c['delta_low']:+.1f}, {c['delta_high']:+.1f}]{mark}"
     rows = [[TITLES[name], *(one(m, cells[m]) for m in metrics)] for name, cells in told["systems"].items()]
-    return f"## Seed {seed}\n\n" + table(["", *(METRICS[m].title for m in metrics)], rows)
+    head = f"## Seed {seed}\n\nMeasured at commit {told['commit'] or 'unknown':.12}.\n\n"
+    return head + table(["", *(METRICS[m].title for m in metrics)], rows)
 
 def against_table(found: dict) -> str:
     "The default against each rival, on all seeds together."
@@ -378,14 +379,27 @@ Brackets: paired 95% bootstrap interval of the difference from the large model. 
 def interval(mean, low, high) -> list:
     return [f"{mean:+.1f}", "-" if low is None else f"[{low:+.1f}, {high:+.1f}]"]
 
+def tested_before(chosen: dict, args) -> dict: # seed -> what `tested` gave
+    "Other seeds that stand in the results already, tested with the same settings on as many scenes and pairs."
+    path = args.out/"study_world.json"
+    if not path.exists():
+        return {}
+    before = json.loads(path.read_text())
+    if (before["chosen"], before["scenes"], before["pairs"]) != (chosen, args.scenes, args.pairs):
+        return {}
+    commit = before["run"]["commit"]
+    return {int(seed): dict(commit=commit) | told for seed, told in before["seeds"].items()
+            if int(seed) not in args.seed}
+
 def test(args):
-    "The frozen settings on test scenes."
+    "The frozen settings on test scenes; a seed that was tested with them before keeps its row."
     path = args.out/"choose_default.json"
     if not path.exists():
         raise TitaError(f"{path}: no settings to test; `python scripts/study_world.py choose` makes them")
     frozen = json.loads(path.read_text())
-    found = in_parallel(partial(tested, chosen=frozen["chosen"]), args)
-    fresh = [seed for seed in args.seed if seed not in frozen["seeds"]]
+    found = tested_before(frozen["chosen"], args) | in_parallel(partial(tested, chosen=frozen["chosen"]), args)
+    found = dict(sorted(found.items()))
+    fresh = [seed for seed in found if seed not in frozen["seeds"]]
     summed, run = summed_up(found), run_info()
     made = dict(chosen=frozen["chosen"], scenes=args.scenes, pairs=args.pairs, fresh=fresh)
     write_json(args.out/"study_world.json", made | dict(summed=summed, seeds=found, run=run))
@@ -393,7 +407,7 @@ def test(args):
     over = table(["", "mean", "interval over seeds"], [[name, *interval(*change)] for name, change in changes.items()])
     told = f" (nothing of {', '.join(map(str, fresh))} was measured when settings were chosen)" if fresh else ""
     print(write_text(args.out/"study_world.md", RESULT.format(
-        scenes=args.scenes, seeds=", ".join(map(str, args.seed)), fresh=told, n=len(found),
+        scenes=args.scenes, seeds=", ".join(map(str, found)), fresh=told, n=len(found),
         first=first_table(summed, found), against=against_table(found), over=over,
         each="\n\n".join(seed_table(s, t) for s, t in found.items()),
         **run | dict(commit=run["commit"] or "unknown"))))
