@@ -7,7 +7,7 @@ __all__ = ['load_vlm', 'load_processor', 'chat_prompt', 'opened', 'prompt_ids', 
            'vision_tower', 'same_tower']
 
 # %% ../nbs/02_models.ipynb #ffc2d80f
-import contextlib, re
+import contextlib, copy, re
 from pathlib import Path
 from .core import TitaError
 
@@ -228,3 +228,21 @@ def same_tower(a, b) -> bool:
         return True
     read = "vision_feature_layer", "vision_feature_select_strategy"
     return all(getattr(a.config, k, None) == getattr(b.config, k, None) for k in read) and _same_weights(*towers)
+
+# %% ../nbs/02_models.ipynb #70e40002
+def looks_once(tower):
+    "A stand-in for a tower: it looks when it is called first, and gives the same output again from then on."
+    seen, stand_in = [], copy.copy(tower)
+    def forward(*args, **kwargs):
+        if not seen:
+            seen.append(tower(*args, **kwargs))
+        return copy.copy(seen[0])
+    stand_in.forward = forward
+    stand_in._forward_hooks, stand_in._forward_pre_hooks = {}, {}  # the tower has run its own
+    return stand_in
+
+def with_tower(body, tower):
+    "The same model with a stand-in for its tower; the model itself is left as it is."
+    surface = copy.copy(body)
+    surface._modules = body._modules | {"vision_tower": tower}
+    return surface

@@ -75,11 +75,6 @@ def _load(self: AlignedDecoder, base, reward, ref, processor, reward_processor, 
     self.map = token_map_between(self.processor, self.reward_processor)
     self.pace = Pace() # what its speculative engines measure
 
-@patch
-def _modules(self: AlignedDecoder) -> list[int]:
-    "What the models are made of: an adapter that is put on, or taken off, changes it."
-    return [id(m) for model in (self.base, *self.rewards, *self.references) for m in model.modules()]
-
 # %% ../../nbs/decode/19_decoder.ipynb #ed8597ed
 @patch
 def _guidance(self: AlignedDecoder, form, lam, bound, gate, plausibility, weights) -> Guidance:
@@ -104,7 +99,6 @@ def _arrange(self: AlignedDecoder):
     lineup = line_up(parts, processors, self.map, self.system, self.contrast_t)
     self.experts, self.encoders = lineup.experts, lineup.encoders
     self.n_rewards, self.leader = lineup.rewards, lineup.leader
-    self.arranged = self._modules()
     for e in self.experts if not self.graphs else ():
         e.record = None
 
@@ -139,6 +133,12 @@ def check_number(name: str, value, least: int | None = None):
 
 # %% ../../nbs/decode/19_decoder.ipynb #1c0b1603
 @patch
+def refresh(self: AlignedDecoder):
+    "Take the models apart anew if one of them has other modules by now."
+    if any([e.has_changed() for e in self.experts]):
+        self._arrange()
+
+@patch
 def engine(self: AlignedDecoder,
     rows: int, # how many are coming at most
     processors: list = (), # more logits processors
@@ -148,8 +148,7 @@ def engine(self: AlignedDecoder,
 ) -> Engine:
     "A new engine over these models: for a server, or for loops of one's own."
     check_draft(draft)
-    if self._modules() != self.arranged:
-        self._arrange()
+    self.refresh()
     slots = max(1, min(rows, self.slots or slots_by_memory(self.experts)))
     made_of = self.experts, self.encoders, self.guidance, slots, self.n_rewards
     args = *made_of, noise_seed, processors, refill, self.leader

@@ -7,7 +7,6 @@ __all__ = ['Anatomy', 'without_adapter', 'Counts', 'Expert', 'share_towers', 'lo
 
 # %% ../../nbs/decode/14_experts.ipynb #a4144bfb
 import copy, inspect, math, time, weakref
-from collections import OrderedDict
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from ..core import TitaError
 from .cache import RaggedCache, _linear, columns, project, written_out
 from .graphs import Graphs, record_cuda, send
 from .prompts import Prompt, padded
-from ..models import same_tower, vision_tower, vocab_size
+from ..models import looks_once, same_tower, vision_tower, vocab_size, with_tower
 from ..views import diffusion_noise
 
 # %% ../../nbs/decode/14_experts.ipynb #e4a7000b
@@ -95,7 +94,6 @@ class Counts:
 # %% ../../nbs/decode/14_experts.ipynb #e4a70007
 class Expert(Anatomy):
     "A model with the keys and values of its rows. Raises `TitaError` for a model that cannot be cached this way."
-    altered = False # did its modules change after it was made?
     kept = frozenset() # images whose prefixes stay though nobody asks about them
     def __init__(self,
         model, # a vision-language or language model, possibly with a PEFT adapter
@@ -115,15 +113,11 @@ class Expert(Anatomy):
 
 # %% ../../nbs/decode/14_experts.ipynb #e4a7000a
 @patch
-def notice_changes(self: Expert):
-    "Take the model apart anew if its modules are others by now. Raises `TitaError` if its adapter has been merged."
+def has_changed(self: Expert) -> bool:
+    "Has its model other modules than when it was taken apart? Raises `TitaError` if its adapter has been merged."
     if self.adapted is not None:
         _refuse_merged(self.adapted)
-    if list(self.core.modules()) == self.modules:
-        return
-    Anatomy.__init__(self, self.core)
-    self.altered = True
-    self.record = self.record if self.stack is not None else None
+    return list(self.core.modules()) != self.modules
 
 @patch
 def _spare_cache(self: Expert, slots: int) -> RaggedCache | None:
@@ -150,7 +144,6 @@ def open(self: Expert,
     owner=None, # whose cache it is
 ):
     "Make an empty cache, or empty the one to spare. If it is recorded, it is to spare again when its owner is gone."
-    self.notice_changes()
     self.cache, self.counts = self._spare_cache(slots) or RaggedCache(self.layers, slots, room), Counts()
     if self.record and self.cache.graphs is None:
         self.cache.graphs = Graphs(self.record)
@@ -283,24 +276,6 @@ def extend(self: Expert,
         logits[send(at, logits.device), :width] = part
     return logits
 
-# %% ../../nbs/decode/14_experts.ipynb #88188908
-def _looks_once(tower):
-    "A stand-in for a tower: it looks when it is called first, and gives the same output again from then on."
-    seen, stand_in = [], copy.copy(tower)
-    def forward(*args, **kwargs):
-        if not seen:
-            seen.append(tower(*args, **kwargs))
-        return copy.copy(seen[0])
-    stand_in.forward = forward
-    stand_in._forward_hooks, stand_in._forward_pre_hooks = OrderedDict(), OrderedDict()  # the tower has run its own
-    return stand_in
-
-def _with_tower(body, tower):
-    "The same model with a stand-in for its tower; the model itself is left as it is."
-    surface = copy.copy(body)
-    surface._modules = body._modules | {"vision_tower": tower}
-    return surface
-
 # %% ../../nbs/decode/14_experts.ipynb #892897e2
 def _frozen(expert) -> bool:
     "Whether no adapter changes the tower."
@@ -343,13 +318,12 @@ def look(
     seed: int = 0, # of the noise, for an expert that sees a noised image
 ) -> list[dict]: # for each expert what its forward needs
     "The image features of all experts."
-    unsure = any(e.altered for e in experts) # which towers are still the same
-    shared = {} if unsure else {j: _looks_once(experts[j].body.vision_tower) for j in leader if leader.count(j) > 1}
+    shared = {j: looks_once(experts[j].body.vision_tower) for j in leader if leader.count(j) > 1}
     out = []
     for e, j in zip(experts, leader):
         px = e._pixels(pixels[e.encoder], seed) if e.image_token is not None else {}
         if px and e.takes_features:
-            sees = _with_tower(e.body, shared[j]) if j in shared else e.core
+            sees = with_tower(e.body, shared[j]) if j in shared else e.core
             px = {"mm_encoder_outputs": {"image": sees.get_image_features(**px, return_dict=True)}}
         out.append(px)
     return out
