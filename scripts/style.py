@@ -149,22 +149,27 @@ def measures(root: Path) -> dict[str, float]:
     }
 
 
-def written_by_black(path: Path) -> int: # lines
+def written_by_black(path: Path) -> tuple[int, int]: # lines; of them those of docstrings
     "Lines of code as black breaks them: what is written more densely counts no less."
     import black
     mode = black.Mode(line_length=COLUMNS, magic_trailing_comma=False)
-    lines = map(str.strip, black.format_str(path.read_text(encoding="utf-8"), mode=mode).split("\n"))
-    return sum(bool(line) and not line.startswith("#") for line in lines)
+    code = Code(path.name, black.format_str(path.read_text(encoding="utf-8"), mode=mode))
+    told = [n for n in ast.walk(code.tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    docstrings = sum(n.end_lineno - n.lineno + 1 for n in told if isinstance(n.value.value, str))
+    return sum(not line.lstrip().startswith("#") for line in code.written), docstrings
 
 
-def room_lines(root: Path, without: list[str]) -> Counter:
+def room_lines(root: Path, without: list[str]) -> dict[str, Counter]:
     "The package's lines by room, but for the modules whose paths below `tita` begin in one of these ways."
-    rooms = Counter()
+    lines, docstrings = Counter(), Counter()
     for path in root.glob("tita/**/*.py"):
         name = path.relative_to(root/"tita").as_posix()
         if path.name not in ("__init__.py", "_modidx.py") and not name.startswith(tuple(without)):
-            rooms[name.rpartition("/")[0] or "root"] += written_by_black(path)
-    return rooms
+            room = name.rpartition("/")[0] or "root"
+            found = written_by_black(path)
+            lines[room] += found[0]
+            docstrings[room] += found[1]
+    return dict(lines=lines, docstrings=docstrings)
 
 
 def has_semicolon(code: Code) -> int: # lines
@@ -186,9 +191,9 @@ def main():
     parser.add_argument("--without", nargs="+", default=[], help="with --lines: paths below tita that are left out")
     args = parser.parse_args()
     if args.lines:
-        rooms = room_lines(Path(args.below or ROOT), args.without)
-        for name, n in [*sorted(rooms.items()), ("in all", rooms.total())]:
-            print(f"{name:>8} {n:6,}")
+        for what, rooms in room_lines(Path(args.below or ROOT), args.without).items():
+            each = ", ".join(f"{name} {n:,}" for name, n in sorted(rooms.items()))
+            print(f"{rooms.total():,} {what}: {each}")
     elif args.table:
         for name, value in measures(Path(args.below or ROOT)).items():
             print(f"| {name} | {value:.4g} |")

@@ -295,6 +295,14 @@ def write(self: JsonlWriter, row):
     "Append one row and sync."
     self.write_many([row])
 
+# %% ../nbs/00_core.ipynb #1a9e0001
+def check_image_name(root: Path, name):
+    "Raise `TitaError` for what cannot be the name of an image in this folder."
+    if not isinstance(name, str) or not name:
+        raise TitaError(f"image name {name!r} is not a path relative to {root}; name a file in it")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise TitaError(f"image {name!r} leaves its folder {root}; use a path relative to it without '..'")
+
 # %% ../nbs/00_core.ipynb #58388bba
 IMAGE_SUFFIXES = ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".JPG", ".JPEG", ".PNG"
 
@@ -311,10 +319,7 @@ def image_path(
 ) -> Path: # the file, inside the folder
     "Find an image in its folder. Raises `TitaError` if it is missing or outside."
     root = Path(root)
-    if not isinstance(name, str) or not name:
-        raise TitaError(f"image name {name!r} is not a path relative to {root}; name a file in it")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise TitaError(f"image {name!r} leaves its folder {root}; use a path relative to it without '..'")
+    check_image_name(root, name)
     for path in filter(Path.is_file, _spellings(root/name)):
         if not path.resolve().is_relative_to(root.resolve()):
             raise TitaError(f"image {name!r} is a link that leaves its folder {root}; copy the file into it")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_vlm', 'load_processor', 'chat_prompt', 'opened', 'prompt_ids', 'answer_ids', 'vocab_size', 'check_pair',
-           'vision_tower', 'same_tower']
+           'vision_tower', 'same_tower', 'inside_peft', 'image_token']
 
 # %% ../nbs/02_models.ipynb #ffc2d80f
 import contextlib, copy, re
@@ -246,3 +246,13 @@ def with_tower(body, tower):
     surface = copy.copy(body)
     surface._modules = body._modules | {"vision_tower": tower}
     return surface
+
+# %% ../nbs/02_models.ipynb #70e40005
+def inside_peft(model):
+    "The model without what PEFT puts around it."
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+def image_token(model) -> int | None:
+    "Id of the token that stands for an image; None for a model without a vision tower."
+    model = inside_peft(model)
+    return getattr(model.config, "image_token_id", None) if vision_tower(model) is not None else None

@@ -16,14 +16,10 @@ from ..core import TitaError
 from .cache import RaggedCache, _linear, columns, project, written_out
 from .graphs import Graphs, record_cuda, send
 from .prompts import Prompt, padded
-from ..models import looks_once, same_tower, vision_tower, vocab_size, with_tower
+from ..models import image_token, inside_peft, looks_once, same_tower, vision_tower, vocab_size, with_tower
 from ..views import diffusion_noise
 
 # %% ../../nbs/decode/14_experts.ipynb #e4a7000b
-def _core(model):
-    "The model without what PEFT puts around it."
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
 def _context(text) -> int: # tokens that a row may have
     longest = getattr(text, "max_position_embeddings", None) or 10**9
     slides = "sliding_attention" in (getattr(text, "layer_types", None) or [])
@@ -46,7 +42,7 @@ class Anatomy:
                 "attn_implementation='sdpa'")
         self.scale = getattr(text, "logit_scale", None) or 1 / (getattr(text, "logits_scaling", None) or 1)
         self.softcap = getattr(text, "final_logit_softcapping", None)
-        self.image_token = getattr(config, "image_token_id", None) if vision_tower(core) is not None else None
+        self.image_token = image_token(core)
         self.mrope = hasattr(self.body, "get_rope_index")
         self.takes_features = "mm_encoder_outputs" in inspect.signature(self.body.forward).parameters
         self.stack = written_out(core)
@@ -105,7 +101,7 @@ class Expert(Anatomy):
         self.model = model if adapter else without_adapter(model)
         self.encoder, self.noise, self.map = encoder, noise, map
         self.adapted = None if adapter else model # whose adapter must not be merged
-        super().__init__(_core(self.model))
+        super().__init__(inside_peft(self.model))
         records = self.device.type == "cuda" and self.stack is not None
         self.record = record_cuda if records else None # how forwards are recorded
         self.spare = [] # a cache to use again, with what is recorded over it
