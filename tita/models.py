@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_vlm', 'load_processor', 'chat_prompt', 'opened', 'prompt_ids', 'answer_ids', 'vocab_size', 'check_pair',
-           'vision_tower', 'same_tower', 'inside_peft', 'image_token']
+           'vision_tower', 'same_tower', 'inside_peft', 'image_token', 'short_name']
 
 # %% ../nbs/02_models.ipynb #ffc2d80f
 import contextlib, copy, re
@@ -256,3 +256,11 @@ def image_token(model) -> int | None:
     "Id of the token that stands for an image; None for a model without a vision tower."
     model = inside_peft(model)
     return getattr(model.config, "image_token_id", None) if vision_tower(model) is not None else None
+
+# %% ../nbs/02_models.ipynb #70e40008
+def short_name(
+    model: str | Path, # folder or hub name
+) -> str: # that of the hub, or the last two parts of the folder
+    "What a model is called in files and results."
+    path = Path(model).expanduser()
+    return "/".join((path.resolve() if path.is_dir() else path).parts[-2:])

@@ -67,10 +67,6 @@ def model_folder(name: str) -> str:
     from tita.world.embedded import world_folder
     return str(world_folder()/"seed0"/"base") if name == "world" else name
 
-def short_name(model: str) -> str:
-    "A model's name for files, without the path to its folder."
-    return "/".join(Path(model).resolve().parts[-2:]) if Path(model).is_dir() else model
-
 # %% ../../nbs/data/43_answerers.ipynb #8db53ee9
 def check_engine(engine: str, base_url: str | None):
     "Raise `TitaError` for options that do not fit."
@@ -96,7 +92,7 @@ def build_engine(
 ): # an engine of `tita.data.answers` or `tita.data.answerers`
     "Whoever answers. Raises `TitaError` for options that do not fit."
     check_engine(engine, (server or {}).get("base_url"))
-    from tita.models import load_processor, load_vlm
+    from tita.models import load_processor, load_vlm, short_name
     if engine == "openai":
         endpoint = server_endpoint(model=model, **server)
         asking = Settings(**(patience or {}))

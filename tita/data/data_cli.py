@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from ..core import TitaError, cli, commands, option, read_jsonl, seed_for, stable_hash, write_json
 from . import judged, pairs, sources
+from ..models import short_name
 from ..options import BaseUrl, Concurrency, Device, Dtype, Images, KeyEnv
 from ..options import MaxRps, Retries, Seed, Temperature, Timeout
 from ..preferences import question_rows
@@ -172,7 +173,7 @@ def generate_command(
     patience, cluster = dict(timeout=timeout, retries=retries), dict(actors=actors, gpus=gpus)
     how = batch_size, server, patience, cluster, dict(device=device, dtype=dtype)
     who = answerers.build_engine(engine, model, images, asked.names, settings, *how)
-    keep = {"engine": engine, "model": answerers.short_name(model), "questions": questions.name}
+    keep = {"engine": engine, "model": short_name(model), "questions": questions.name}
     finish(answers.run_engine(who, tasks, out, keep | settings), out, asked.places)
     if asked.left_out:
         raise typer.Exit(1)

@@ -17,7 +17,7 @@ from .experts import Expert, share_towers
 from .guidance import FORMS, Guidance
 from .prompts import Encoder
 from .vocabularies import TokenMap
-from ..models import check_pair, image_token, inside_peft, load_processor, load_vlm
+from ..models import check_pair, image_token, inside_peft, load_processor, load_vlm, short_name
 
 # %% ../../nbs/decode/18_lineup.ipynb #18c00008
 def load_once(
@@ -48,8 +48,8 @@ def has_adapter(model) -> bool:
     return hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
 
 def name_of(model) -> str:
-    "A model's name for files and messages: that of the hub, or the last two parts of its folder."
-    return "/".join(Path(getattr(model.config, "name_or_path", "") or type(model).__name__).parts[-2:])
+    "A loaded model's name for files and messages."
+    return short_name(getattr(model.config, "name_or_path", "") or type(model).__name__)
 
 # %% ../../nbs/decode/18_lineup.ipynb #18c0000e
 SERVER = ("serve the model (for instance vllm serve) and let the server answer: "
