@@ -287,8 +287,12 @@ def find(self: ImageFolder,
     raise TitaError(f"image {name!r} is not in {root}; {cure}")
 
 def find_image(
-    root: str | Path | ImageFolder, # the image folder; for many images an `ImageFolder`
+    images, # folder (for many images an `ImageFolder`), or a mapping from name to picture
     name: str, # as the question has it
-) -> Path: # the file
+): # the file, or what the mapping holds
     "An image by its name, also where a project's layout or extension differs; see `ImageFolder.find`."
-    return (root if isinstance(root, ImageFolder) else ImageFolder(root)).find(name)
+    if isinstance(images, (str, Path, ImageFolder)):
+        return (images if isinstance(images, ImageFolder) else ImageFolder(images)).find(name)
+    if name not in images:
+        raise TitaError(f"image {name!r} is not among the {len(images)} given images")
+    return images[name]

@@ -152,11 +152,8 @@ def get_image(
     name: str, # as the question has it
 ): # Pillow image, RGB
     "One picture. Raises `TitaError` if it is missing or damaged."
-    if isinstance(images, (str, Path, ImageFolder)):
-        return open_image(find_image(images, name))
-    if name not in images:
-        raise TitaError(f"image {name!r} is not among the {len(images)} given images")
-    return images[name].convert("RGB")
+    found = find_image(images, name)
+    return open_image(found) if isinstance(found, Path) else found.convert("RGB")
 
 # %% ../../nbs/data/40_sources.ipynb #b006a425
 MOST_PIXELS = 50_000_000 # of one image; three times that many bytes, several times over, while it is decoded

@@ -25,6 +25,7 @@ from .pace import Pace
 from .sampling import Sampling, Text, settings_as_generate
 from .speculation import SpeculativeEngine, check_draft
 from ..models import answer_ids
+from ..rows import find_image
 from ..views import parse_view, view_seed
 
 # %% ../../nbs/decode/19_decoder.ipynb #ed8597ec
@@ -335,11 +336,7 @@ def finder(images) -> Callable: # from a name to a path or a PIL image
         return images or (lambda name: name)
     if isinstance(images, (str, Path)):
         return lambda name: image_path(images, name)
-    def find(name):
-        if name not in images:
-            raise TitaError(f"image {name!r} is not among the {len(images)} given images")
-        return images[name]
-    return find
+    return lambda name: find_image(images, name)
 
 def names_of(images: list) -> str:
     "What images are called; one without a name is told by its pixels."
