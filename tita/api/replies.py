@@ -153,7 +153,8 @@ class Reply:
 # %% ../../nbs/api/32_replies.ipynb #3f95bdde
 def after_thought(text: str) -> str:
     "The answer alone: what follows the last thought that ended, up to one that did not end."
-    return text.rpartition("</think>")[2].partition("<think>")[0].strip()
+    answer = text.rpartition("</think>")[2].partition("<think>")[0]
+    return text if answer == text else answer.strip()
 
 @patch(as_prop=True)
 def ttft(self: Reply) -> float | None:
