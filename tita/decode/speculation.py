@@ -321,6 +321,13 @@ def _plain(self: SpeculativeEngine):
 
 # %% ../../nbs/decode/17_speculation.ipynb #5b170023
 @patch
+def _go_on(self: SpeculativeEngine):
+    before = self.produced
+    over = super(SpeculativeEngine, self)._go_on()
+    self.pace.note_ends(len(over), self.produced - before)
+    return over
+
+@patch
 def _advance(self: SpeculativeEngine):
     "One step, in the way that suits."
     plain = self._must_be_plain()
