@@ -259,8 +259,9 @@ def image_token(model) -> int | None:
 
 # %% ../nbs/02_models.ipynb #70e40008
 def short_name(
-    model: str | Path, # folder or hub name
+    model: str | Path, # folder or hub name; `world` is the embedded base, whatever lies here under that name
 ) -> str: # that of the hub, or the last two parts of the folder
     "What a model is called in files and results."
     path = Path(model).expanduser()
-    return "/".join((path.resolve() if path.is_dir() else path).parts[-2:])
+    is_folder = path.is_dir() and str(model) != "world"
+    return "/".join((path.resolve() if is_folder else path).parts[-2:])
