@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 import typer
-from ..core import TitaError, cli, data_url, open_image, option, write_text
+from ..core import TitaError, cli, data_url, open_image, option, reward_rgba, write_text
 
 # %% ../../nbs/decode/20_ask.ipynb #f8df7bd9
 def ask_pair(
@@ -37,7 +37,6 @@ def shade(
     full: float = 2., # nats of full colour
 ) -> tuple[int, int, int]: # red, green, blue
     "The colour of a reward on white, where nothing can be laid under a word."
-    from tita.views import reward_rgba
     *color, opacity = reward_rgba(reward, full)
     return tuple(round(255 + opacity * (c - 255)) for c in color)
 

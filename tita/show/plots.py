@@ -19,8 +19,7 @@ from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 from scipy.signal import lfilter
-from ..core import TitaError
-from ..views import BLUE, ORANGE, reward_limit, reward_rgba
+from ..core import BLUE, ORANGE, TitaError, reward_limit, reward_rgba
 from ..eval.metrics import METRICS, Metric, default_reference, verdict_of
 
 # %% ../../nbs/show/65_plots.ipynb #a6509c02
