@@ -4,6 +4,8 @@
     python scripts/style.py                    each place that breaks a rule
     python scripts/style.py nbs/decode         the same, below a folder
     python scripts/style.py --table [FOLDER]   the measures of the package, of this checkout or of another one
+    python scripts/style.py --lines [FOLDER]   its lines as black writes them, room by room (needs black);
+                                               --without serve/ eval/tasks.py leaves out what begins so
 """
 import argparse
 import ast
@@ -147,6 +149,29 @@ def measures(root: Path) -> dict[str, float]:
     }
 
 
+def written_by_black(path: Path) -> tuple[int, int]: # lines; of them those of docstrings
+    "Lines of code as black breaks them: what is written more densely counts no less."
+    import black
+    mode = black.Mode(line_length=COLUMNS, magic_trailing_comma=False)
+    code = Code(path.name, black.format_str(path.read_text(encoding="utf-8"), mode=mode))
+    told = [n for n in ast.walk(code.tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    docstrings = sum(n.end_lineno - n.lineno + 1 for n in told if isinstance(n.value.value, str))
+    return sum(not line.lstrip().startswith("#") for line in code.written), docstrings
+
+
+def room_lines(root: Path, without: list[str]) -> dict[str, Counter]:
+    "The package's lines by room, but for the modules whose paths below `tita` begin in one of these ways."
+    lines, docstrings = Counter(), Counter()
+    for path in root.glob("tita/**/*.py"):
+        name = path.relative_to(root/"tita").as_posix()
+        if path.name not in ("__init__.py", "_modidx.py") and not name.startswith(tuple(without)):
+            room = name.rpartition("/")[0] or "root"
+            found = written_by_black(path)
+            lines[room] += found[0]
+            docstrings[room] += found[1]
+    return dict(lines=lines, docstrings=docstrings)
+
+
 def has_semicolon(code: Code) -> int: # lines
     tokens = tokenize.generate_tokens(io.StringIO("\n".join(code.lines)).readline)
     return len({t.start[0] for t in tokens if t.type == tokenize.OP and t.string == ";"})
@@ -159,11 +184,17 @@ def longest_run(notebooks: list[Path]) -> int:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    below = "look only at paths that begin so; with --table another checkout"
+    below = "look only at paths that begin so; with --table and --lines another checkout"
     parser.add_argument("below", nargs="?", default="", help=below)
     parser.add_argument("--table", action="store_true", help="print the measures")
+    parser.add_argument("--lines", action="store_true", help="count the package's lines as black writes them")
+    parser.add_argument("--without", nargs="+", default=[], help="with --lines: paths below tita that are left out")
     args = parser.parse_args()
-    if args.table:
+    if args.lines:
+        for what, rooms in room_lines(Path(args.below or ROOT), args.without).items():
+            each = ", ".join(f"{name} {n:,}" for name, n in sorted(rooms.items()))
+            print(f"{rooms.total():,} {what}: {each}")
+    elif args.table:
         for name, value in measures(Path(args.below or ROOT)).items():
             print(f"| {name} | {value:.4g} |")
     else:

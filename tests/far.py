@@ -9,7 +9,7 @@ import contextlib
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from tita.decode.graphs import Tape
+from tape import Tape
 
 FAR = torch.device("meta")  # a device that every build of PyTorch knows
 

@@ -3,8 +3,10 @@ import copy, gc
 
 import pytest
 import torch
+from tape import record_tape
+from tita.core import TitaError
 from tita.decode.decoder import AlignedDecoder
-from tita.decode.graphs import record_cuda, record_tape
+from tita.decode.graphs import Graphs, record_cuda
 from tita.decode.hf import aligned
 from tita.models import chat_prompt
 from tita.world.embedded import make_scenes
@@ -23,6 +25,45 @@ def taped(d):
     for e in d.experts:
         e.record = record
     return d, made
+
+
+def test_a_tape_repeats_what_was_done():
+    "A function that adds to a running sum: its tape does that, too, and keeps the factor that Python held."
+    total, factor = torch.zeros(2), 2
+    def add(x):
+        total.add_(factor * x)
+        return total + 1
+    replay, (x,), out = record_tape(add, [torch.ones(2)])
+    assert total.tolist() == [2, 2]
+    factor = 100
+    x.copy_(torch.tensor([1., 3.]))
+    replay()
+    assert (total.tolist(), out.tolist()) == ([4, 8], [5, 9])
+
+
+def needy(x):
+    return x if (x > 0).any() else -x
+
+
+NEEDY = [needy, lambda x: x * float(x.max()), lambda x: x[x > 0], lambda x: x + torch.tensor([1., 2.])]
+
+
+@pytest.mark.parametrize("f", NEEDY)
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_tape_refuses_what_needs_the_host(f, inference):
+    with torch.inference_mode(inference), pytest.raises(TitaError, match="needs the host"):
+        record_tape(f, [torch.ones(2)])
+
+
+def test_python_runs_twice():
+    "Once by itself, once for the recording; then the recording answers."
+    graphs, calls = Graphs(record_tape), []
+    def double(x):
+        calls.append(1)
+        return 2 * x
+    for i in range(5):
+        assert graphs("a", double, torch.tensor([float(i)])).tolist() == [2. * i]
+    assert (len(calls), graphs.replays) == (3, 3)  # the second time it runs by itself, too, to compare
 
 
 class Said(list):

@@ -10,7 +10,7 @@ import json, math, os, re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from fastcore.basics import patch
-from .core import IMAGE_SUFFIXES, TitaError, iter_jsonl, open_file, stable_hash
+from .core import IMAGE_SUFFIXES, TitaError, check_image_name, iter_jsonl, open_file, stable_hash
 
 # %% ../nbs/04_rows.ipynb #6b7e1c07
 class Line(int):
@@ -276,10 +276,7 @@ def find(self: ImageFolder,
 ) -> Path: # the file, inside the folder
     "An image by its name. Raises `TitaError` if it is missing or outside."
     root = self.root
-    if not isinstance(name, str) or not name:
-        raise TitaError(f"image name {name!r} is not a path relative to {root}; name a file in it")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise TitaError(f"image {name!r} leaves its folder {root}; use a path relative to it without '..'")
+    check_image_name(root, name)
     for place in usual_places(name):
         path, linked = self._exact(place)
         if path and linked and not path.resolve().is_relative_to(root.resolve()):
@@ -290,8 +287,12 @@ def find(self: ImageFolder,
     raise TitaError(f"image {name!r} is not in {root}; {cure}")
 
 def find_image(
-    root: str | Path | ImageFolder, # the image folder; for many images an `ImageFolder`
+    images, # folder (for many images an `ImageFolder`), or a mapping from name to picture
     name: str, # as the question has it
-) -> Path: # the file
+): # the file, or what the mapping holds
     "An image by its name, also where a project's layout or extension differs; see `ImageFolder.find`."
-    return (root if isinstance(root, ImageFolder) else ImageFolder(root)).find(name)
+    if isinstance(images, (str, Path, ImageFolder)):
+        return (images if isinstance(images, ImageFolder) else ImageFolder(images)).find(name)
+    if name not in images:
+        raise TitaError(f"image {name!r} is not among the {len(images)} given images")
+    return images[name]

@@ -152,11 +152,9 @@ class Reply:
 
 # %% ../../nbs/api/32_replies.ipynb #3f95bdde
 def after_thought(text: str) -> str:
-    "What follows the thoughts in a text: `<think> ... </think> answer`, where the first tag may be missing."
-    thought, ended, answer = text.rpartition("</think>")
-    if ended:
-        return answer.strip()
-    return "" if text.lstrip().startswith("<think>") else text
+    "The answer alone: what follows the last thought that ended, up to one that did not end."
+    answer = text.rpartition("</think>")[2].partition("<think>")[0]
+    return text if answer == text else answer.strip()
 
 @patch(as_prop=True)
 def ttft(self: Reply) -> float | None:

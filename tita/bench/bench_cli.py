@@ -13,7 +13,8 @@ import typer
 from ..api.client import Settings
 from ..api.endpoints import any_endpoint, find_endpoint, given_key, load_providers, redact
 from .traffic import Load, read_checked_questions, run_load
-from ..core import TitaError, cli, commands, from_options, option, image_path, seed_for, write_text
+from ..core import TitaError, cli, commands, option, image_path, seed_for, write_text
+from ..options import BaseUrl, Bound, Device, Dtype, Form, Images, KeyEnv, Ref, Reward, Seed, from_options
 
 # %% ../../nbs/bench/75_bench_cli.ipynb #48c4bd4c
 WORLD_KINDS = "pope_random", "color", "text", "pope_adversarial", "count", "number"
@@ -192,7 +193,7 @@ def sample_command(
     num: option(int, "questions about images") = 10,
     source: option(str, "world, digits, or a question file to draw from") = "world",
     text: option(int, "further questions about no image") = 5,
-    seed: option(int, "of everything that is drawn") = 0,
+    seed: Seed = 0,
     images: option(Path, "image folder of the question file to draw from") = None,
 ):
     "Make questions with images and known answers."
@@ -276,8 +277,8 @@ def check_run_options(model, local, reward, **only_http):
 class Whom:
     "The endpoints that are asked, as `choose_endpoints` takes them."
     model: str | None = None # NAME[,NAME...] of the provider file, PROVIDER:ID, or an id with --base-url
-    base_url: str | None = None # any OpenAI-compatible server, for instance http://localhost:8000/v1
-    key_env: str | None = None # environment variable that holds the key
+    base_url: BaseUrl = None
+    key_env: KeyEnv = None
     api_key: str | None = None # the key itself; shows in the process list, better use a variable
     providers: Path | None = None # provider file of your own, laid over data/providers.toml
 
@@ -285,13 +286,13 @@ class Whom:
 class InProcess:
     "A model in this process that is asked instead."
     local: str | None = None # a model in this process instead: folder, hub name, or world
-    reward: str | None = None # with --local: the reward model that guides it
-    ref: str | None = None # with --local: the reward before its training
+    reward: Reward = None
+    ref: Ref = None
     lam: float = 0.6 # with --reward: strength λ
-    form: str | None = None # with --reward: interpolate, ratio or arm
-    bound: float | None = None # with --reward: clip the guidance to ±bound nats
-    device: str | None = None # with --local: cpu, cuda, or auto
-    dtype: str = "auto" # with --local: auto, float32, bfloat16
+    form: Form = None
+    bound: Bound = None
+    device: Device = None
+    dtype: Dtype = "auto"
 
 # %% ../../nbs/bench/75_bench_cli.ipynb #96763fc1
 def _run_api(rows, out: Path, whom: Whom, loads, **given) -> dict:
@@ -325,7 +326,7 @@ def _run_local(rows, out: Path, here: InProcess, settings: Settings, **given) ->
 def run_command(
     questions: option(Path, "question file, JSON Lines"),
     out: option(Path, "result file; what is in it already is not asked again"),
-    images: option(Path, "image folder; nothing outside is read") = None,
+    images: Images = None,
     most: option(int, "only the first so many questions", "--max", min=1) = None,
     strict: option(bool, "refuse to start if an image cannot be read", "--strict") = False,
     retry_failed: option(bool, "ask again what has failed before", "--retry-failed") = False,

@@ -7,14 +7,14 @@ __all__ = ['CAPTIONS', 'seconds', 'money', 'with_interval', 'p_value', 'short', 
            'sweep_figure', 'cost_figure', 'errors_figure', 'figures']
 
 # %% ../../nbs/bench/73_bench_figures.ipynb #e33d1d4c
-import math
+import math, textwrap
 from collections import Counter
 from collections.abc import Mapping
 from itertools import cycle
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 from ..core import TitaError
-from ..show.plots import Picture, fit, label_at, panels, styled
+from ..show.plots import Picture, label_at, panels, styled, text_width
 from ..show.report import texts
 from .scores import main_rows
 
@@ -44,6 +44,12 @@ def p_value(p: float) -> str:
 def short(name: str, most: int = 30) -> str:
     "A name that fits beside an axis."
     return name if len(name) <= most else name[:most // 2] + "…" + name[-most // 2 + 1:]
+
+# %% ../../nbs/bench/73_bench_figures.ipynb #a6509c06
+def fit(text: str, width: float) -> str:
+    "A title in two lines no wider than its panel, in points; what is too long ends with …"
+    letter = text_width(text, 9.5) / max(len(text), 1)
+    return "\n".join(textwrap.wrap(text, max(1, int(width / max(letter, 1e-6))), max_lines=2, placeholder="…"))
 
 # %% ../../nbs/bench/73_bench_figures.ipynb #fc395959
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#8a5a9c", "#b38600", "#56a0d3", "#666c77", "#a3304f"]

@@ -14,22 +14,19 @@ from ..api.client import Settings
 from ..api.replies import Reply
 from ..api.endpoints import Endpoint
 from ..core import TitaError, image_path, open_image
+from ..models import short_name
 from .traffic import Job, Load, make_row, run_load
 
 # %% ../../nbs/bench/71_in_process.ipynb #12d0211c
-def _short(model) -> str:
-    "The last two parts of a folder or hub name."
-    return "/".join(Path(model).expanduser().parts[-2:])
-
 def local_endpoint(
     model: str, # folder, hub name, or "world"
     reward: str | None = None, # the same for a reward model
     **guidance, # λ, form, bound, ...
 ) -> Endpoint: # without an address
     "How a model in this process is called in results."
-    name = _short(model)
+    name = short_name(model)
     if reward:
-        name += f" + {_short(reward)}"
+        name += f" + {short_name(reward)}"
         if guidance.get("lam") is not None:
             name += f" (λ {guidance['lam']:g})"
     return Endpoint(name, str(model), "local", provider="local")

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
 import numpy as np
+from ..api.replies import after_thought
 from ..core import TitaError, iter_jsonl
 from ..eval.metrics import holm, normalise, parse_yes_no
 
@@ -93,11 +94,6 @@ def read_results(
     return {names[place]: list(rows.values()) for place, rows in found.items()}, list(dict.fromkeys(odd))
 
 # %% ../../nbs/bench/72_scores.ipynb #0f785a2e
-def after_thinking(response: str) -> str:
-    "The answer alone, without the thoughts before it."
-    said = response.rpartition("</think>")[2] if "</think>" in response else response
-    return said.partition("<think>")[0].strip()
-
 def _squash(text: str) -> str:
     "Normalised, with single letters and digits drawn together: a house number `4 7` is 47."
     return re.sub(r"(?<=\b\w) (?=\w\b)", "", normalise(text.replace("-", " ")))
@@ -119,7 +115,7 @@ def mark(
         raise TitaError(f"no rule {match!r} to compare answers; choose find or exact")
     if truth is None or truth == []:
         return None
-    answer = after_thinking(response)
+    answer = after_thought(response)
     said = _squash(answer)
     def right(t):
         t = _squash(str(t))

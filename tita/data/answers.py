@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..core import JsonlWriter, TitaError, progress, read_jsonl, seed_for, write_json, whole_text
 from ..decode.decoder import AlignedDecoder
 from ..decode.lineup import SERVER, name_of
-from ..rows import ImageFolder
+from ..rows import ImageFolder, find_image
 from ..views import parse_view
 
 # %% ../../nbs/data/42_answers.ipynb #ab57c3ee
@@ -111,14 +111,10 @@ class LocalEngine:
 # %% ../../nbs/data/42_answers.ipynb #5e0f1a05
 def find_picture(images, name: str):
     "A picture for the engine, which opens it when its turn comes. Raises `TitaError` if it is missing."
-    if not isinstance(images, ImageFolder):
-        if name not in images:
-            raise TitaError(f"image {name!r} is not among the {len(images)} given images")
-        return images[name] # no copy: the engine knows pictures by their identity
-    path = images.find(name)
-    if not os.access(path, os.R_OK):
-        raise TitaError(f"{path}: no permission to read it; change its rights")
-    return path
+    found = find_image(images, name)  # no copy: the engine knows pictures by their identity
+    if isinstance(found, Path) and not os.access(found, os.R_OK):
+        raise TitaError(f"{found}: no permission to read it; change its rights")
+    return found
 
 # %% ../../nbs/data/42_answers.ipynb #5e0f1a08
 def as_question(engine: LocalEngine, task: dict) -> dict:

@@ -130,16 +130,13 @@ def make_pairs(
     return kept, dict(report, pairs=len(kept))
 
 # %% ../../nbs/data/44_pairs.ipynb #b1ff0412
-def consensus(texts: list[str], similarity: str = "token_sort_ratio") -> tuple:
+def consensus(texts: list[str]) -> tuple:
     "The answer that agrees most with the others (minimum Bayes risk); the first of equals."
     from rapidfuzz import fuzz, process
-    if not hasattr(fuzz, similarity):
-        known = "token_sort_ratio, ratio or WRatio"
-        raise TitaError(f"similarity {similarity!r} is no scorer of rapidfuzz.fuzz; try {known}")
     if len(texts) == 1:
         return 0, 100.
     texts = [normalize(t) for t in texts]
-    scores = process.cdist(texts, texts, scorer=getattr(fuzz, similarity))
+    scores = process.cdist(texts, texts, scorer=fuzz.token_sort_ratio)
     means = (scores.sum(1) - scores.diagonal()) / (len(texts) - 1)
     return int(means.argmax()), float(means.max())
 
@@ -160,12 +157,11 @@ def fuse_consensus(
     answers: list[dict], # answer rows
     views: tuple = ("clean", "moco", "flip", "crop"), # whose answers are fused, the most trusted first
     least: float = 0., # drop questions whose best answer agrees less with the others, 0 to 100
-    similarity: str = "token_sort_ratio", # see `consensus`
 ) -> list[dict]: # answer rows of the view `consensus`
     "One answer for each question: the one that the views agree on most."
     fused = []
     for rows in by_question(answers, views).values():
-        k, agreement = consensus([r["answer"] for r in rows], similarity)
+        k, agreement = consensus([r["answer"] for r in rows])
         if agreement >= least:
             best = {key: v for key, v in rows[k].items() if key != "sample"}
             fused.append(best | {"view": "consensus", "from": rows[k]["view"], "agreement": round(agreement, 1)})

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'MOST_PIXELS', 'sample_questions', 'read_questions', 'read_answers', 'read_pair_rows', 'to_seva', 'to_mllm',
-           'to_llava', 'get_image', 'check_questions_file', 'write_parquet', 'parquet_images', 'image_name',
-           'write_training_rows']
+           'to_llava', 'get_image', 'check_questions_file', 'write_parquet', 'image_name', 'write_training_rows']
 
 # %% ../../nbs/data/40_sources.ipynb #95045d95
 import hashlib, heapq, json, re, tempfile, warnings
@@ -153,11 +152,8 @@ def get_image(
     name: str, # as the question has it
 ): # Pillow image, RGB
     "One picture. Raises `TitaError` if it is missing or damaged."
-    if isinstance(images, (str, Path, ImageFolder)):
-        return open_image(find_image(images, name))
-    if name not in images:
-        raise TitaError(f"image {name!r} is not among the {len(images)} given images")
-    return images[name].convert("RGB")
+    found = find_image(images, name)
+    return open_image(found) if isinstance(found, Path) else found.convert("RGB")
 
 # %% ../../nbs/data/40_sources.ipynb #b006a425
 MOST_PIXELS = 50_000_000 # of one image; three times that many bytes, several times over, while it is decoded
@@ -305,17 +301,6 @@ def _cells(flat: list[dict], columns: dict, images, embed: bool):
         if folder:
             cells["picture"] = _picture(folder.find(row["image"]), embed) if row.get("image") else None
         yield cells
-
-def parquet_images(
-    path: str | Path, # of `write_parquet`
-) -> dict: # name -> Pillow image
-    "The pictures of a Parquet file, for functions that take a folder or a mapping."
-    import datasets
-    with tempfile.TemporaryDirectory() as cache:
-        rows = datasets.Dataset.from_parquet(str(path), cache_dir=cache)
-        if "picture" not in rows.column_names:
-            raise TitaError(f"{path}: has no pictures; give the image folder")
-        return {r["image"]: r["picture"].convert("RGB") for r in rows if r["image"]}
 
 # %% ../../nbs/data/40_sources.ipynb #40d0e002
 def image_name(image) -> str:

@@ -233,7 +233,11 @@ def _stopped(self: Engine, i: int, length: int | None = None) -> bool:
 def _harvest(self: Engine, a: int, b: int) -> list[tuple[Row, Output]]: # the rows that are over
     "Take out the rows among a to b that have just ended."
     rows, at = torch.arange(a, b), self.count[a:b]
-    has_end = self.ends[self.group[a:b], self.last[a:b]] & (self.forced[rows, at - 1] < 0)
+    has_end = self.ends[self.group[a:b], self.last[a:b]]
+    if self.is_forced:
+        has_end &= self.forced[rows, at - 1] < 0
+    if not (self.has_stops or self.why or (has_end | (at >= self.limit[a:b]) | ~self.good).any()):
+        return []
     ends = dict.fromkeys(rows[at >= self.limit[a:b]].tolist(), "length")
     ends |= dict.fromkeys((i for i in range(a, b) if self._stopped(i)) if self.has_stops else (), "stop")
     ends |= dict.fromkeys(rows[has_end].tolist(), "eos")

@@ -40,14 +40,13 @@ class AlignedLogitsProcessor(LogitsProcessor):
 # %% ../../nbs/decode/21_hf.ipynb #9a210001
 @patch
 def _read_prompts(self: AlignedLogitsProcessor, rows: int) -> list[Tensor]: # (m, V) of each expert beside the base
+    self.decoder.refresh()
     x, experts = self.inputs, [copy.copy(e) for e in self.decoder.experts]
     mask = x["attention_mask"].bool() if x.get("attention_mask") is not None else torch.ones_like(x["input_ids"]).bool()
     prompts = [ids[keep].tolist() for ids, keep in zip(x["input_ids"], mask)]
     if rows != len(prompts):
         raise TitaError(f"{rows} rows for {len(prompts)} prompts; for several answers to a prompt repeat it, or call "
             "AlignedDecoder.generate(n=...)")
-    for e in experts:
-        e.notice_changes()
     pixels = {k: v for k, v in x.items() if k in ("pixel_values", "image_grid_thw", "image_sizes")}
     for_each = [pixels] * len(self.decoder.encoders)
     features = look(experts, self.decoder.leader, for_each) if pixels else [{}] * len(experts)

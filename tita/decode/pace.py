@@ -29,6 +29,7 @@ class Pace:
         self.seconds = {} # (size, draft) -> of the last few steps
         self.run = {} # size -> drafts since a plain step, or minus the plain steps since a draft
         self.rate = .7 # share of drafted tokens that are right, lately
+        self.ends = 0. # share of tokens that end their row, lately
 
     def known(self, n: int, draft: int) -> tuple:
         "Seconds of the last steps of about `n` rows."
@@ -58,6 +59,15 @@ def note_drafts(self: Pace,
     "Remember how good drafts are. The mean is over rows, since the slowest decides when all are done."
     self.rate += (1 - .97**tried) * (share - self.rate)
 
+# %% ../../nbs/decode/16_pace.ipynb #a6c0de21
+@patch
+def note_ends(self: Pace,
+    rows: int, # that ended
+    tokens: int, # of the step in which they did
+):
+    "Remember how soon rows end."
+    self.ends += (1 - .97**tokens) * (rows / max(1, tokens) - self.ends)
+
 # %% ../../nbs/decode/16_pace.ipynb #a6c0de0e
 @patch
 def best(self: Pace, n: int) -> int: # tokens to draft; 0: none
@@ -66,4 +76,5 @@ def best(self: Pace, n: int) -> int: # tokens to draft; 0: none
         return 0
     plain, drafted = self.known(n, 0), self.known(n, self.draft)
     cost = median(drafted) / median(plain) if plain and drafted else 2.
-    return self.draft if expected_tokens(self.rate, self.draft)[-1] > cost else 0
+    of_use = self.rate * (1 - self.ends)
+    return self.draft if expected_tokens(of_use, self.draft)[-1] > cost else 0

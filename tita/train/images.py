@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from ..views import parse_view
 from ..core import TitaError, _to_rgb, image_path, open_image
-from ..models import vision_tower
+from ..models import inside_peft, vision_tower
 
 # %% ../../nbs/train/50_images.ipynb #348523e4
 def placeholder_id(processor) -> int:
@@ -171,9 +171,7 @@ def backbone(
     model, # a PreTrainedModel with a head, maybe wrapped by peft
 ) -> torch.nn.Module: # the model below the head
     "What computes the last hidden state."
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return model.base_model
+    return inside_peft(model).base_model
 
 # %% ../../nbs/train/50_images.ipynb #8cd4856c
 PROJECTORS = "multi_modal_projector merger connector mm_projector projector modality_projection embed_vision".split()

@@ -168,10 +168,10 @@ def _draw_things(rng, theme: str, biased: bool) -> dict: # name -> (color, how o
         room -= things[o][1]
     return things
 
-def _draw_scene(seed, split, theme=None, biased=False) -> Scene:
+def _draw_scene(seed, split, biased=False) -> Scene:
     "Decide what is in one scene."
     rng = random.Random(seed)
-    theme = theme or rng.choice(list(THEMES))
+    theme = rng.choice(list(THEMES))
     things = _draw_things(rng, theme, biased)
     i = rng.randrange(6)
     j = i if biased and rng.random() < .6 else rng.randrange(6)
