@@ -258,7 +258,8 @@ def _with_judge(name: str, about: str, read, score, judge, files: str, source: s
 
 _WILD = "llava-bench-in-the-wild"
 LLAVA_BENCH = _with_judge("llava_bench", "LLaVA-Bench in the wild, against GPT-4's answers", sets.llava_rows,
-    judged_pairs, sets.llava_judge, " ".join(f"{_WILD}/{f}.jsonl" for f in ("questions", "context", "answers_gpt4")),
+    partial(judged_pairs, relative=True), sets.llava_judge,
+    " ".join(f"{_WILD}/{f}.jsonl" for f in ("questions", "context", "answers_gpt4")),
     "huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild", images=f"{_WILD}/images", main="relative")
 
 # %% ../../nbs/eval/63_benchmarks.ipynb #e6300064

@@ -167,6 +167,11 @@ def _value(row: Mapping, main: str, lower: bool) -> float:
     num, den = row["scores"][main]
     return (-1 if lower else 1) * num / den if den else 0.
 
+def _is_known(row: Mapping, main: str) -> bool:
+    "Nobody knows whether an answer got better that no judge could read."
+    return "judged" not in row or row["scores"][main][1] > 0
+
+# %% ../../nbs/eval/67_comparisons.ipynb #e6700061
 def flipped(
     systems: Mapping[str, Mapping[str, Sequence]], # as for `compare_systems`
     tasks: Mapping[str, Mapping], # the same
@@ -178,7 +183,8 @@ def flipped(
         main, lower = tasks[task]["main"], tasks[task]["main"] in tasks[task]["lower"]
         for name in others:
             for a, b in zip(*paired(systems[reference][task], systems[name][task], (reference, name))):
-                if (change := _value(b, main, lower) - _value(a, main, lower)):
+                known = _is_known(a, main) and _is_known(b, main)
+                if known and (change := _value(b, main, lower) - _value(a, main, lower)):
                     kept = {k: a[k] for k in ("question_id", "image", "text", "truth", "kind") if k in a}
                     found.append(dict(task=task, system=name, reference=reference, **kept, before=a["answer"],
                         after=b["answer"], direction="better" if change > 0 else "worse", tokens=b.get("tokens")))

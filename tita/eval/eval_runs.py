@@ -398,7 +398,7 @@ def write_mmbench(rows: Sequence[Mapping], path: str | Path, table: str | Path |
     book = Workbook()
     book.active.append([*kept[:6], "prediction", *kept[6:]])
     for q in asked:
-        line = [q[c] for c in kept]
+        line = [int(q[c]) if c == "index" and q[c].isdigit() else q[c] for c in kept]
         book.active.append([*line[:6], said.get(q["index"], ""), *line[6:]])
     book.save(path)
     return Path(path)

@@ -277,18 +277,19 @@ def _turned_round(row: Mapping) -> tuple[tuple, tuple]: # order agrees, first wi
 
 def judged_pairs(
     rows: Sequence[Mapping], # with answer and judged, see `judgements`
+    relative: bool = False, # also the score in percent of the other's, of judges that score both (LLaVA-Bench)
 ) -> dict: # win_rate, relative, order_agreement, first_wins, ... -> (numerators, denominators)
-    "How often an answer beats the other one (a tie is half), and its score in percent of the other's."
+    "How often an answer beats the other one; a tie is half."
     read = [[j for j in r["judged"] if j["own"] is not None] for r in rows]
     won = [(np.mean([_verdict(j) for j in js]), 1) if js else (0, 0) for js in read]
-    relative = [tuple(np.mean([j[k] for j in js]) for k in ("own", "other")) if js else (0, 0) for js in read]
+    scores = [tuple(np.mean([j[k] for j in js]) for k in ("own", "other")) if js else (0, 0) for js in read]
     order, first = zip(*map(_turned_round, rows))
-    return dict(win_rate=_fractions(won), relative=_fractions(relative), order_agreement=_fractions(order),
-        first_wins=_fractions(first)) | judge_figures(rows, _verdict)
-
-BESIDE = "agreement", "order_agreement", "first_wins", "length", "unread" # neither better nor worse
+    parts = dict(win_rate=won, order_agreement=order, first_wins=first) | (dict(relative=scores) if relative else {})
+    return {k: _fractions(v) for k, v in parts.items()} | judge_figures(rows, _verdict)
 
 # %% ../../nbs/eval/57_judging.ipynb #e5700032
+BESIDE = "agreement", "order_agreement", "first_wins", "length", "unread" # metrics that are neither better nor worse
+
 def judge_counts(rows: Sequence[Mapping]) -> dict: # judgements, unread, failed, unjudged, why
     "What a result says of how the judging went."
     said = [j for r in rows for j in r["judged"]]
