@@ -249,7 +249,7 @@ def score_command(
             raise TitaError("--answers are to one task; name it with --task")
         take_answers(Run(run, data, limit, offset, parser), named[0], answers, name)
     reads = judge_of(judge, judge_model, judge_key_env, passes)
-    print("\n".join(results_lines(score_run(run, parser, reads))))
+    print("\n".join(results_lines(score_run(run, parser, reads, data))))
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900030
 def _same_task(out: Path, task: str, about: Mapping, other: Mapping):

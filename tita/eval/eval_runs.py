@@ -17,7 +17,7 @@ from ..core import JsonlWriter, TitaError, image_path, progress, read_jsonl, run
 from ..core import write_json, write_text
 from .judging import judge_counts, judgements
 from .metrics import bootstrap, normalise
-from .tasks import NOTHING, TASKS, Task, join_answers, parser_of, score_task, task_questions
+from .tasks import NOTHING, TASKS, Task, join_answers, missing_files, parser_of, score_task, task_questions
 
 # %% ../../nbs/eval/68_eval_runs.ipynb #e6800006
 class Pictures:
@@ -261,7 +261,10 @@ def judge_task(
     results: dict, # of the run; noted in it: whose words, which judge, how it went
     judge, # `judging.Judge`
 ):
-    "Let a judge read all systems' answers to a task; its judgements go into the samples."
+    "Let a judge read all systems' answers to a task; its judgements go into the samples. Raises `TitaError`."
+    if lost := missing_files(task, results.get("data")):
+        where = f"the judge's words may lie beside {lost[0]}, which is not in {results.get('data')}"
+        raise TitaError(f"{task.name}: {where}; name the folder with --data")
     rubric = task.judge(Path(results.get("data") or "."))
     of = {s: [_readable(r) for r in read_samples(out, task.name, s)] for s in results["systems"]}
     results["tasks"][task.name]["judge"] = judge.about() | rubric.about() | dict(passes=judge.passes)
@@ -273,7 +276,7 @@ def judge_task(
         results["systems"][system].setdefault("judged", {})[task.name] = judge_counts(rows)
         write_jsonl(_samples_file(out, task.name, system), rows)
 
-# %% ../../nbs/eval/68_eval_runs.ipynb #e6800074
+# %% ../../nbs/eval/68_eval_runs.ipynb #e6800081
 def _score(out: Path, task: Task, system: str, parser: str | None) -> dict | None: # None: not judged yet
     "Score the samples of one system, and write what each row counts."
     rows = read_samples(out, task.name, system)
@@ -283,13 +286,16 @@ def _score(out: Path, task: Task, system: str, parser: str | None) -> dict | Non
     write_jsonl(_samples_file(out, task.name, system), rows)
     return metric_figures(rows)
 
+# %% ../../nbs/eval/68_eval_runs.ipynb #e6800074
 def score_run(
     out: str | Path, # folder of a run
     parser: str | None = None, # of tasks that know several; None: the one that was used
     judge=None, # `judging.Judge`, for tasks that need one; None: what has been judged is scored
+    data: str | Path | None = None, # folder of benchmark files, if it is not where it was
 ) -> dict: # what results.json holds
     "Score what a run has in its samples, and write results.json anew."
     results, out = read_run(out), Path(out)
+    results["data"] = str(data) if data else results.get("data")
     for name, about in results["tasks"].items():
         task = _same_version(out, name, about)
         about["parser"] = how = parser_of(task, parser if parser in task.parsers else about["parser"])

@@ -180,7 +180,7 @@ def _tasks(judge: Judge, rubric: Rubric, row: Mapping, other: str | None) -> lis
     "What is asked about a row, with the key of each."
     about = judge.about()
     def task(asked):
-        told = dict(judge=about["model"], question_id=row["question_id"], text=asked["prompt"], image=None)
+        told = dict(judge=about["model"], question_id=row["question_id"])
         key = stable_hash(about, asked["system"], asked["prompt"], rubric.scale, rubric.read.__name__, asked["n"])
         return asked | told | dict(key=key, read=lambda text: rubric.read(text, *rubric.scale))
     return [task(a) for a in what_is_asked(rubric, row, other, judge.passes)]
