@@ -250,7 +250,8 @@ PUBLISHED = [ # model, benchmark, figure, source
         for name, figures in _SEVA_FIGURES.items() for b, v in zip(_SEVA, figures)),
     ("TITA on LLaVA-1.5-7B", "mm_vet", "+8.6%", "abstract, arXiv 2510.21794"),
     ("TITA on LLaVA-1.5-7B", "pope", "+6.7%", "abstract, arXiv 2510.21794"),
-    ("LLaVA-1.5 + DPO (mllm-dpo)", "mt_bench", "6.73", "abstract, arXiv 2402.10884 (Vicuna 6.57, LLaVA 5.99)"),
+    ("LLaVA-1.5 + DPO (mllm-dpo)", "mt_bench", "6.73", "abstract, arXiv 2402.10884 (Vicuna 6.57, LLaVA 5.99); "
+        "both turns, where ours is the first"),
     ("LLaVA-1.5 + DPO (mllm-dpo)", "mm_vet", "+4.9%", "abstract, arXiv 2402.10884"),
     ("LLaVA-1.5 + DPO (mllm-dpo)", "llava_bench", "+6%", "abstract, arXiv 2402.10884")]
 

@@ -23,8 +23,8 @@ from ..core import JsonlWriter, TitaError, progress, read_jsonl, stable_hash
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 _FORMS = ( # the surest first
     rf"\[\[\s*{_NUMBER}\s*\]\]",
-    rf"(?i)\b(?:score|rating)\b\W{{0,4}}(?:is\b\W{{0,3}})?{_NUMBER}",
-    rf"(?m)^\W{{0,2}}{_NUMBER}\W{{0,2}}$")
+    rf"(?i)\b(?:score|rating)\b\W{{0,4}}?(?:is\b\W{{0,3}}?)?{_NUMBER}",
+    rf"(?m)^\W{{0,2}}?{_NUMBER}\W{{0,2}}$")
 
 def _on_scale(value: str, low: float, high: float) -> float:
     if not low <= float(value) <= high:
