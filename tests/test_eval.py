@@ -200,3 +200,35 @@ def test_a_missing_answer_is_wrong_and_told(answered):
     assert set(lost) == set(range(8)) - answered
     for parser in ("pope", "exact", "find"):
         assert yes_no_scores(rows, parser)["accuracy"][0].sum() == len(answered)
+
+
+@pytest.mark.slow
+def test_the_run_notebook(tmp_path):
+    "nbs/runs/evaluate.ipynb asks everybody, and its figures are those of the answers counted by hand."
+    from tita.decode.decoder import AlignedDecoder
+    from tita.eval.metrics import chair, percent
+    from tita.eval.tasks import world_rows
+    from tita.world.embedded import OBJECTS, load_models
+    args = dict(out=tmp_path/"run", tasks="world_caption,world_text_only", limit=6, lams="[0.0, 0.5]", best_of=2,
+        baselines='["vcd"]', sentences=0)
+    given = [x for k, v in args.items() for x in ("-p", k, str(v))]
+    command = [sys.executable, "scripts/run_notebook.py", "nbs/runs/evaluate.ipynb", tmp_path/"evaluate.ipynb", *given]
+    run = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"TITA_PROGRESS": "0", "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = json.loads((tmp_path/"run/seed0/results.json").read_text())
+    for task in ("world_caption", "world_text_only"):
+        assert list(found["scores"][task]) == ["base", "reward alone", "λ=0.5", "vcd", "best of 2"]
+    base, _, processor = load_models(0)
+    rows = world_rows(kind="caption", scenes=6)
+    said = AlignedDecoder(base, processor=processor).generate([r["image"] for r in rows], [r["text"] for r in rows], 64,
+        temperature=0.)
+    slowly = {k: percent(*v) for k, v in chair([o.text for o in said], [r["truth"] for r in rows], OBJECTS).items()}
+    figures = found["scores"]["world_caption"]["base"]
+    assert {k: figures[k]["value"] for k in slowly} == pytest.approx(slowly)
+    cost = {name: system["asked"]["world_caption"]["forwards"] for name, system in found["systems"].items()}
+    assert cost["λ=0.5"] > cost["base"] and cost["best of 2"] > cost["base"]
+    cells = json.loads((tmp_path/"evaluate.ipynb").read_text())["cells"]
+    told = json.dumps([c.get("outputs") for c in cells])
+    assert "world_text_only: accuracy" in told and "image/png" in told and "Holm" in told
+    assert (tmp_path/"run/seed0/gallery.html").is_file()
