@@ -11,6 +11,7 @@ folder (runs/study_world/); what is trained or answered is kept, so a study that
 """
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -28,7 +29,7 @@ from tita.eval.eval_runs import Run, read_run, read_samples, run_tasks, score_ru
 from tita.eval.metrics import bootstrap
 from tita.eval.systems import BASELINES, ContrastDecoder, best_of, decoder_system, sentence_search
 from tita.eval.tasks import TASKS, world_rows
-from tita.show.plots import BLUE, GREEN, GREY, INK, ORANGE, panels, styled
+from tita.show.plots import BLUE, GREEN, GREY, INK, ORANGE, label_at, panels, styled
 from tita.world.embedded import tiny_processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,23 +151,40 @@ def who_wins(compared: dict, tasks: dict, reference: str) -> str:
 
 LOOKS = {BASE: (INK, "s"), "λ": (ORANGE, "o"), "reward": (GREY, "v"), "DPO": (GREY, "D"), "best": (GREEN, "P"),
     "sentence": (GREEN, "X")}
+TICKS = [n * 10**k for k in range(5) for n in (1, 2, 5)]
+
+
+def look_of(name: str) -> tuple: # colour, marker
+    return next((look for start, look in LOOKS.items() if name.startswith(start)), (BLUE, "^"))
+
+
+def numbered(ax, points: list):
+    "The number of every point beside it; those that lie on each other share a label."
+    high, low = (f(y for _, y in points) for f in (max, min))
+    near = {}
+    for i, (x, y) in enumerate(points, 1):
+        near.setdefault((round(12 * math.log10(x)), round(16 * (y - low) / (high - low or 1))), []).append(i)
+    for members in near.values():
+        at = points[members[0] - 1]
+        label_at(ax, " ".join(map(str, members)), at, (3, 3), size=6, color=GREY)
 
 
 @styled
 def drawn(rows: dict, cost: dict, tasks: dict):
     "A panel a task: the main metric against forwards a question, on a logarithmic axis."
-    fig, axes = panels(len(tasks), 3, (3.1, 2.5))
+    fig, axes = panels(len(tasks), 3, (3.1, 2.6))
     for ax, (kind, task) in zip(axes, tasks.items()):
         at = {n: (per_question(cost[n][task.name], "forwards"), value_of(rows[n][task.name], task.main)) for n in rows}
-        ours = [at[f"λ={lam:g}"] for lam in LAMS]
-        ax.plot(*zip(*ours), color=ORANGE, lw=1)
+        ax.plot(*zip(*(at[f"λ={lam:g}"] for lam in LAMS)), color=ORANGE, lw=1)
         for i, (name, point) in enumerate(at.items(), 1):
-            color, marker = next((look for start, look in LOOKS.items() if name.startswith(start)), (BLUE, "^"))
+            color, marker = look_of(name)
             ax.plot(*point, marker, color=color, ms=4, label=f"{i} {name}" if ax is axes[0] else None)
-            ax.annotate(str(i), point, (3, 2), textcoords="offset points", size=6, color=color)
-        ax.set(title=TITLES[kind], xscale="log")
+        numbered(ax, list(at.values()))
+        ax.set(title=TITLES[kind], xscale="log", xmargin=.1, ymargin=.1, xlabel="forwards a question")
+        ax.set_xticks([t for t in TICKS if ax.get_xlim()[0] <= t <= ax.get_xlim()[1]], minor=False)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
         ax.title.set_size(8)
-    axes[0].set(xlabel="forwards a question")
     fig.legend(loc="outside lower center", ncols=4, fontsize=7)
     fig.alt = "Accuracy against forwards a question for every system, a panel for each task"
     return fig

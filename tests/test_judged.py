@@ -142,7 +142,7 @@ def test_a_reply_that_cannot_be_read_is_asked_for_again(data, tmp_path):
     with Hasty() as server:
         tita_eval(*asking(data, tmp_path, server), *judging(server))
     [figures] = results(tmp_path)["scores"]["mt_bench"].values()
-    assert [figures[k]["value"] for k in ("score", "unjudged", "unread")] == [7, 0, 0]
+    assert [figures[k]["value"] for k in ("score", "unjudged", "unread")] == pytest.approx([7, 0, 0])
     kept = read_jsonl(tmp_path/"judgements.jsonl")
     assert {(r["raw"], *(u["raw"] for u in r["unread"])) for r in kept} == {("Score: 7", "It is fine.")}
 
