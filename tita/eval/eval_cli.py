@@ -31,6 +31,7 @@ def endpoint_system(url: str, model: str, key_env: str | None, temperature: floa
     "A model behind an OpenAI-compatible server."
     from tita.api.client import EndpointAnswerer, Settings
     from tita.api.endpoints import any_endpoint
+    from tita.eval.judging import HeldBack
     from tita.eval.systems import System
     class Shown(EndpointAnswerer):
         def picture(self, row):
@@ -38,7 +39,8 @@ def endpoint_system(url: str, model: str, key_env: str | None, temperature: floa
     endpoint = any_endpoint(url, model, key_env=key_env, needs_key=False)
     def answers(rows, max_new_tokens):
         settings = Settings(max_tokens=max_new_tokens, temperature=temperature, suffix=suffix, stream=False)
-        yield from Shown(endpoint, settings=settings).answers(rows)
+        held = HeldBack(rows, endpoint.concurrency or 8)
+        yield from held.settle(Shown(endpoint, settings=settings).answers(held))
     about = dict(endpoint=endpoint.base_url, model=model, temperature=temperature, suffix=suffix)
     return System(model, answers, about)
 
