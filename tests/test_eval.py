@@ -213,8 +213,8 @@ def test_the_run_notebook(tmp_path):
         baselines='["vcd"]', sentences=0)
     given = [x for k, v in args.items() for x in ("-p", k, str(v))]
     command = [sys.executable, "scripts/run_notebook.py", "nbs/runs/evaluate.ipynb", tmp_path/"evaluate.ipynb", *given]
-    run = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"TITA_PROGRESS": "0", "PYTHONPATH": str(ROOT)})
+    env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | {"TITA_PROGRESS": "0", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads((tmp_path/"run/seed0/results.json").read_text())
     for task in ("world_caption", "world_text_only"):
