@@ -1,10 +1,11 @@
 "`tita-eval` as a user starts it: killed and resumed, over an endpoint, with what is given wrongly."
-import json, os, signal, subprocess, sys
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from tita.api.standin import StandIn
+from tita.api.standin import Persona, StandIn
+from tita.core import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = "from tita.eval.eval_cli import main; main()"
@@ -72,6 +73,97 @@ def test_over_an_endpoint(tmp_path):
     assert "world_color" in said and (tmp_path/"answers.jsonl").read_text().count("\n") == 4
 
 
+def test_every_answer_is_on_the_disk_before_the_next(tmp_path, monkeypatch):
+    "Not only with the operating system: the file is synced after each row."
+    from tita.eval.eval_runs import Run, predict
+    from tita.eval.evaluation import Said
+    from tita.eval.systems import System
+    from tita.eval.tasks import TASKS, task_questions
+    on_disk, file, sync = [0], tmp_path/"answers.jsonl", os.fsync
+    def note(fd):
+        sync(fd)
+        if file.exists() and os.path.samestat(os.fstat(fd), file.stat()):
+            on_disk.append(file.read_bytes().count(b"\n"))
+    def answers(rows, **settings):
+        for i, row in enumerate(rows):
+            assert on_disk[-1] == i
+            yield Said("yes", None, row)
+    monkeypatch.setattr(os, "fsync", note)
+    questions, _ = task_questions(TASKS["world_pope_random"], limit=5)
+    counted = predict(Run(tmp_path), TASKS["world_pope_random"], System("it", answers, {}), questions)
+    assert on_disk == [0, 1, 2, 3, 4, 5] and counted["missing"] == 0
+
+
+@pytest.mark.slow
+def test_killed_without_a_warning(tmp_path):
+    "SIGKILL: at most what was on its way is lost, and only that is asked again."
+    with StandIn(models={"slow": Persona(delay=.15)}) as server:
+        args = "run", "world_count", "--limit", 40, "--out", tmp_path, "--endpoint", server.url, "--model", "slow"
+        process, file = start(*args), tmp_path/"answers.jsonl"
+        while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") > 8):
+            time.sleep(.01)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        kept, asked = file.read_bytes().rpartition(b"\n")[0].split(b"\n"), len(server.log)
+        assert 8 < len(kept) < 40 and asked - len(kept) <= 8
+        said = tita_eval(*args)
+        assert len(server.log) - asked == 40 - len(kept) and "NOT ANSWERED" not in said
+    assert file.read_bytes().split(b"\n")[:len(kept)] == kept and file.read_bytes().count(b"\n") == 40
+
+
+@pytest.mark.slow
+def test_language_alone_stands_in_the_same_table(tmp_path):
+    "Questions without a picture, with and without guidance, beside those with one."
+    said = tita_eval("run", "world_text_only,world_color", "--limit", 12, "--lam", "0,0.5", "--out", tmp_path)
+    found = json.loads((tmp_path/"results.json").read_text())
+    for task in ("world_text_only", "world_color"):
+        assert list(found["scores"][task]) == ["base", "λ=0.5", "reward alone"]
+    assert "world_text_only (version 1; 12 questions about 12 images)" in said
+    rows = read_jsonl(tmp_path/"samples/base__world_text_only.jsonl")
+    assert {r["image"] for r in rows} == {None} and [r["kind"] for r in rows[:2]] == ["caption", "pope"]
+
+
+SAMPLES = [
+    dict(question_id=3, image="a/b.jpg", text="What?", scene=0, truth="", answer="A dog."),
+    dict(question_id=12, image="c.png", text="Where?", scene=1, truth="", answer="b\n(B) on the left, isn't it?"),
+    dict(question_id=7, image="d.jpg", text="How?", scene=2, truth="", answer="\N{EMPTY SET} not answered")]
+FORMS = dict(
+    mmvet={"v1_3": "A dog.", "v1_12": "b\n(B) on the left, isn't it?", "v1_7": ""},
+    vizwiz=[dict(image="b.jpg", answer="dog"), dict(image="c.png", answer="b b on left isnt it"),
+        dict(image="d.jpg", answer="")],
+    vqav2=[dict(question_id=3, answer="dog"), dict(question_id=12, answer="b b on left isnt it"),
+        dict(question_id=7, answer="")],
+    seed=[dict(question_id=i, prediction=p) for i, p in ((3, "A"), (12, "B"), (7, ""))])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_benchmarks_server_gets(form, tmp_path):
+    "Every field of every row; a missing answer is an empty one, never our mark for it."
+    from tita.eval.eval_runs import write_submission
+    path = write_submission(SAMPLES, form, tmp_path/"file")
+    text = path.read_text(encoding="utf-8")
+    assert (list(map(json.loads, text.splitlines())) if form == "seed" else json.loads(text)) == FORMS[form]
+    assert "\N{EMPTY SET}" not in text and "\\u2205" not in text
+
+
+def test_mmbenchs_table(tmp_path):
+    "LLaVA's xlsx: the asked table without pictures and hints, `prediction` behind the options, rows in its order."
+    openpyxl = pytest.importorskip("openpyxl")
+    from tita.eval.eval_runs import write_submission
+    head = "index question hint A B C D answer category image source l2-category comment split".split()
+    rows = [["12", "Where?", "-", "up", "down", "", "", "A", "place", "B64" * 90000, "web", "l2", "-", "dev"],
+        ["3", 'What "is" it?', "-", "dog", "cat", "cow", "owl", "B", "kind", "B64", "web", "l2", "-", "dev"],
+        ["99", "Who?", "-", "he", "she", "", "", "A", "kind", "B64", "web", "l2", "-", "dev"]]
+    (tmp_path/"mmb.tsv").write_text("\n".join("\t".join(r) for r in (head, *rows)))
+    path = write_submission(SAMPLES, "mmbench", tmp_path/"m.xlsx", tmp_path/"mmb.tsv")
+    sheet = [[c.value for c in row] for row in openpyxl.load_workbook(path).active]
+    assert sheet[0] == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
+    assert sheet[1] == [12, "Where?", "up", "down", None, None, "b\n(B) on the left, isn't it?", "A", "dev"]
+    assert sheet[2][:7] == [3, 'What "is" it?', "dog", "cat", "cow", "owl", "A dog."]
+    assert sheet[3][6] is None and len(sheet) == 4
+
+
 @pytest.mark.parametrize("args, told", [
     (["run", "world_colour"], "did you mean world_color"),
     (["run", "pope", "--data", "."], "needs pope/coco_pope_random.json"),
@@ -108,3 +200,35 @@ def test_a_missing_answer_is_wrong_and_told(answered):
     assert set(lost) == set(range(8)) - answered
     for parser in ("pope", "exact", "find"):
         assert yes_no_scores(rows, parser)["accuracy"][0].sum() == len(answered)
+
+
+@pytest.mark.slow
+def test_the_run_notebook(tmp_path):
+    "nbs/runs/evaluate.ipynb asks everybody, and its figures are those of the answers counted by hand."
+    from tita.decode.decoder import AlignedDecoder
+    from tita.eval.metrics import chair, percent
+    from tita.eval.tasks import world_rows
+    from tita.world.embedded import OBJECTS, load_models
+    args = dict(out=tmp_path/"run", tasks="world_caption,world_text_only", limit=6, lams="[0.0, 0.5]", best_of=2,
+        baselines='["vcd"]', sentences=0)
+    given = [x for k, v in args.items() for x in ("-p", k, str(v))]
+    command = [sys.executable, "scripts/run_notebook.py", "nbs/runs/evaluate.ipynb", tmp_path/"evaluate.ipynb", *given]
+    env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | {"TITA_PROGRESS": "0", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = json.loads((tmp_path/"run/seed0/results.json").read_text())
+    for task in ("world_caption", "world_text_only"):
+        assert list(found["scores"][task]) == ["base", "reward alone", "λ=0.5", "vcd", "best of 2"]
+    base, _, processor = load_models(0)
+    rows = world_rows(kind="caption", scenes=6)
+    said = AlignedDecoder(base, processor=processor).generate([r["image"] for r in rows], [r["text"] for r in rows], 64,
+        temperature=0.)
+    slowly = {k: percent(*v) for k, v in chair([o.text for o in said], [r["truth"] for r in rows], OBJECTS).items()}
+    figures = found["scores"]["world_caption"]["base"]
+    assert {k: figures[k]["value"] for k in slowly} == pytest.approx(slowly)
+    cost = {name: system["asked"]["world_caption"]["forwards"] for name, system in found["systems"].items()}
+    assert cost["λ=0.5"] > cost["base"] and cost["best of 2"] > cost["base"]
+    cells = json.loads((tmp_path/"evaluate.ipynb").read_text())["cells"]
+    told = json.dumps([c.get("outputs") for c in cells])
+    assert "world_text_only: accuracy" in told and "image/png" in told and "Holm" in told
+    assert (tmp_path/"run/seed0/gallery.html").is_file()

@@ -167,6 +167,11 @@ def _value(row: Mapping, main: str, lower: bool) -> float:
     num, den = row["scores"][main]
     return (-1 if lower else 1) * num / den if den else 0.
 
+def _is_known(row: Mapping, main: str) -> bool:
+    "Nobody knows whether an answer got better that no judge could read."
+    return "judged" not in row or row["scores"][main][1] > 0
+
+# %% ../../nbs/eval/67_comparisons.ipynb #e6700061
 def flipped(
     systems: Mapping[str, Mapping[str, Sequence]], # as for `compare_systems`
     tasks: Mapping[str, Mapping], # the same
@@ -178,7 +183,8 @@ def flipped(
         main, lower = tasks[task]["main"], tasks[task]["main"] in tasks[task]["lower"]
         for name in others:
             for a, b in zip(*paired(systems[reference][task], systems[name][task], (reference, name))):
-                if (change := _value(b, main, lower) - _value(a, main, lower)):
+                known = _is_known(a, main) and _is_known(b, main)
+                if known and (change := _value(b, main, lower) - _value(a, main, lower)):
                     kept = {k: a[k] for k in ("question_id", "image", "text", "truth", "kind") if k in a}
                     found.append(dict(task=task, system=name, reference=reference, **kept, before=a["answer"],
                         after=b["answer"], direction="better" if change > 0 else "worse", tokens=b.get("tokens")))
@@ -244,7 +250,8 @@ PUBLISHED = [ # model, benchmark, figure, source
         for name, figures in _SEVA_FIGURES.items() for b, v in zip(_SEVA, figures)),
     ("TITA on LLaVA-1.5-7B", "mm_vet", "+8.6%", "abstract, arXiv 2510.21794"),
     ("TITA on LLaVA-1.5-7B", "pope", "+6.7%", "abstract, arXiv 2510.21794"),
-    ("LLaVA-1.5 + DPO (mllm-dpo)", "mt_bench", "6.73", "abstract, arXiv 2402.10884 (Vicuna 6.57, LLaVA 5.99)"),
+    ("LLaVA-1.5 + DPO (mllm-dpo)", "mt_bench", "6.73", "abstract, arXiv 2402.10884 (Vicuna 6.57, LLaVA 5.99); "
+        "both turns, where ours is the first"),
     ("LLaVA-1.5 + DPO (mllm-dpo)", "mm_vet", "+4.9%", "abstract, arXiv 2402.10884"),
     ("LLaVA-1.5 + DPO (mllm-dpo)", "llava_bench", "+6%", "abstract, arXiv 2402.10884")]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUBMISSIONS', 'Pictures', 'Plan', 'ask_system', 'sample_rows', 'scored', 'metric_figures', 'read_samples', 'read_run',
-           'Run', 'predict', 'about_task', 'run_tasks', 'score_run', 'results_lines', 'take_answers',
+           'Run', 'predict', 'about_task', 'run_tasks', 'judge_task', 'score_run', 'results_lines', 'take_answers',
            'write_submission', 'write_mmbench']
 
 # %% ../../nbs/eval/68_eval_runs.ipynb #e6800003
@@ -15,8 +15,9 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..core import JsonlWriter, TitaError, image_path, progress, read_jsonl, run_info, stable_hash, write_jsonl
 from ..core import write_json, write_text
+from .judging import judge_counts, judgements
 from .metrics import bootstrap, normalise
-from .tasks import NOTHING, TASKS, Task, join_answers, parser_of, score_task, task_questions
+from .tasks import NOTHING, TASKS, Task, join_answers, missing_files, parser_of, score_task, task_questions
 
 # %% ../../nbs/eval/68_eval_runs.ipynb #e6800006
 class Pictures:
@@ -95,7 +96,7 @@ def _plan_keys(system, task, rows, pictures: Pictures, plan: Plan) -> tuple[dict
 
 # %% ../../nbs/eval/68_eval_runs.ipynb #e6800048
 def _ask(system, task: Task, todo: list[dict], writer: JsonlWriter) -> dict: # key -> why not
-    "Append answers as they come; a kill loses none that was written."
+    "Write each answer to the disk before the next is taken: whatever ends the run, only rows in flight are lost."
     lost, bar = {}, progress(total=len(todo), desc=f"{task.name}, {system.name}", unit="question")
     try:
         for answer in system.answers(todo, max_new_tokens=task.max_new_tokens) if todo else ():
@@ -103,10 +104,9 @@ def _ask(system, task: Task, todo: list[dict], writer: JsonlWriter) -> dict: # k
             if answer.error:
                 lost[key] = answer.error
             else:
-                writer.append([_kept(answer, key)])
+                writer.write(_kept(answer, key))
             bar.update()
     finally:
-        writer.sync()
         bar.close()
     return lost
 
@@ -219,6 +219,7 @@ def run_tasks(
     tasks: Sequence[Task], # what is asked
     systems: Iterable, # `systems.System`s, one after the other
     predict_only: bool = False, # score later, with `score_run`
+    judge=None, # `judging.Judge`, for tasks that need one
 ) -> dict: # what results.json holds
     "Ask, score and write results.json. Mistakes in files are found before anybody is asked."
     ready = {t.name: (t, *task_questions(t, run.data, run.limit, run.offset)) for t in tasks}
@@ -229,7 +230,7 @@ def run_tasks(
         results["systems"][system.name] = system.about | {"asked": counted}
         results["data"] = str(run.data) if run.data else None
         write_json(run.out/"results.json", results)
-    return results if predict_only else score_run(run.out, run.parser)
+    return results if predict_only else score_run(run.out, run.parser, judge)
 
 # %% ../../nbs/eval/68_eval_runs.ipynb #e6800016
 def _same_version(out, name: str, about: Mapping) -> Task:
@@ -241,34 +242,102 @@ def _same_version(out, name: str, about: Mapping) -> Task:
             "run it again, the two cannot be compared")
     return task
 
-def score_run(out: str | Path, parser: str | None = None) -> dict:
+# %% ../../nbs/eval/68_eval_runs.ipynb #e6800072
+def _beside(rubric, rows: Sequence[Mapping], first: Sequence[Mapping]) -> list:
+    "The answer that each one stands beside."
+    if rubric.against == "first":
+        said = {r["question_id"]: r["answer"] for r in first}
+        return [said.get(r["question_id"], "") for r in rows]
+    return [r["reference"] if rubric.against else None for r in rows]
+
+def _readable(row: Mapping) -> dict:
+    "A missing answer is an empty one for a judge."
+    return dict(row) | {"answer": "" if row["answer"] == NOTHING else row["answer"]}
+
+# %% ../../nbs/eval/68_eval_runs.ipynb #e6800077
+def judge_task(
+    out: Path, # folder of a run
+    task: Task, # with a judge
+    results: dict, # of the run; noted in it: whose words, which judge, how it went
+    judge, # `judging.Judge`
+):
+    "Let a judge read all systems' answers to a task; its judgements go into the samples. Raises `TitaError`."
+    if lost := missing_files(task, results.get("data")):
+        where = f"the judge's words may lie beside {lost[0]}, which is not in {results.get('data')}"
+        raise TitaError(f"{task.name}: {where}; name the folder with --data")
+    rubric = task.judge(Path(results.get("data") or "."))
+    of = {s: [_readable(r) for r in read_samples(out, task.name, s)] for s in results["systems"]}
+    results["tasks"][task.name]["judge"] = judge.about() | rubric.about() | dict(passes=judge.passes)
+    first = next(iter(of.values()))
+    for system, rows in of.items():
+        desc = f"judging {task.name}, {system}"
+        said = judgements(judge, rubric, rows, _beside(rubric, rows, first), out/"judgements.jsonl", desc)
+        rows = [r | {"judged": js} for r, js in zip(read_samples(out, task.name, system), said)]
+        results["systems"][system].setdefault("judged", {})[task.name] = judge_counts(rows)
+        write_jsonl(_samples_file(out, task.name, system), rows)
+
+# %% ../../nbs/eval/68_eval_runs.ipynb #e6800081
+def _score(out: Path, task: Task, system: str, parser: str | None) -> dict | None: # None: not judged yet
+    "Score the samples of one system, and write what each row counts."
+    rows = read_samples(out, task.name, system)
+    if task.judge and not all("judged" in r for r in rows):
+        return None
+    rows = scored(task, rows, parser)
+    write_jsonl(_samples_file(out, task.name, system), rows)
+    return metric_figures(rows)
+
+# %% ../../nbs/eval/68_eval_runs.ipynb #e6800074
+def score_run(
+    out: str | Path, # folder of a run
+    parser: str | None = None, # of tasks that know several; None: the one that was used
+    judge=None, # `judging.Judge`, for tasks that need one; None: what has been judged is scored
+    data: str | Path | None = None, # folder of benchmark files, if it is not where it was
+) -> dict: # what results.json holds
     "Score what a run has in its samples, and write results.json anew."
-    results = read_run(out)
+    results, out = read_run(out), Path(out)
+    results["data"] = str(data) if data else results.get("data")
     for name, about in results["tasks"].items():
         task = _same_version(out, name, about)
         about["parser"] = how = parser_of(task, parser if parser in task.parsers else about["parser"])
-        for system in results["systems"]:
-            rows = scored(task, read_samples(out, name, system), how)
-            write_jsonl(_samples_file(Path(out), name, system), rows)
-            results["scores"].setdefault(name, {})[system] = metric_figures(rows)
-    write_json(Path(out)/"results.json", results)
+        if task.judge and judge:
+            judge_task(out, task, results, judge)
+        figures = {s: f for s in results["systems"] if (f := _score(out, task, s, how)) is not None}
+        results["scores"][name] = figures
+    write_json(out/"results.json", results)
     return results
 
 # %% ../../nbs/eval/68_eval_runs.ipynb #e6800018
+def _gone(results: Mapping, task: str, system: str) -> list[str]:
+    "What is missing from a system's figures."
+    of, told = results["systems"][system], []
+    if (lost := of["asked"][task])["missing"]:
+        told.append(f"{lost['missing']} NOT ANSWERED: {next(iter(lost['failed'].values()), 'no answer came')}")
+    counts = of.get("judged", {}).get(task, {})
+    if counts.get("unread") or counts.get("failed"):
+        how = f"{counts['unread']} of {counts['judgements']} judgements unreadable, {counts['failed']} without a reply"
+        told.append(f"{counts['unjudged']} NOT JUDGED ({how}): {next(iter(counts['why']))}")
+    return told
+
+def _heading(task: str, about: Mapping) -> str:
+    told = f", {about['without_truth']} without a known answer left out" if about["without_truth"] else ""
+    parser = f", parser {about['parser']}" if about["parser"] else ""
+    judge = about.get("judge")
+    judged = f", judged by {judge['model']} in words of {judge['wording']}, {judge['passes']} passes" if judge else ""
+    asked = f"{about['questions']} questions about {about['images_asked_about']} images"
+    return f"{task} (version {about['version']}{parser}{judged}; {asked}{told})"
+
+# %% ../../nbs/eval/68_eval_runs.ipynb #e6800080
 def results_lines(results: Mapping) -> list[str]:
-    "The metric_figures of a run for a screen."
+    "The figures of a run for a screen."
     lines = []
     for task, about in results["tasks"].items():
-        told = f", {about['without_truth']} without a known answer left out" if about["without_truth"] else ""
-        parser = f", parser {about['parser']}" if about["parser"] else ""
-        asked = f"{about['questions']} questions about {about['images_asked_about']} images"
-        lines.append(f"{task} (version {about['version']}{parser}; {asked}{told})")
+        lines.append(_heading(task, about))
+        if not results["scores"].get(task):
+            lines.append("  not judged yet; next: tita-eval score RUN --judge URL --judge-model ID")
         for system, cells in results["scores"].get(task, {}).items():
             shown = [f"{m} {c['value']:.1f} [{c['low']:.1f}, {c['high']:.1f}]" for m, c in cells.items()
                 if c["value"] is not None and c["low"] is not None]
-            lost = results["systems"][system]["asked"][task]
-            gone = [f"{lost['missing']} NOT ANSWERED: {next(iter(lost['failed'].values()), 'no answer came')}"]
-            lines.append(f"  {system}: " + ", ".join(shown + gone * bool(lost["missing"])))
+            lines.append(f"  {system}: " + ", ".join(shown + _gone(results, task, system)))
     return lines
 
 # %% ../../nbs/eval/68_eval_runs.ipynb #e6800046
@@ -335,7 +404,7 @@ def write_mmbench(rows: Sequence[Mapping], path: str | Path, table: str | Path |
     book = Workbook()
     book.active.append([*kept[:6], "prediction", *kept[6:]])
     for q in asked:
-        line = [q[c] for c in kept]
+        line = [int(q[c]) if c == "index" and q[c].isdigit() else q[c] for c in kept]
         book.active.append([*line[:6], said.get(q["index"], ""), *line[6:]])
     book.save(path)
     return Path(path)

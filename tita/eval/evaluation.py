@@ -135,13 +135,12 @@ class _Answers:
         return self
     def __exit__(self, *exc):
         if self.writer:
-            self.writer.sync()
             self.writer.close()
 
     def add(self, rows):
-        "Rows that a kill cannot take away when this returns."
+        "Rows that nothing can take away when this returns."
         if self.writer:
-            self.writer.append(rows)
+            self.writer.write_many(rows)
         self.rows.update({r["question_id"]: r for r in rows})
 
 # %% ../../nbs/eval/61_evaluation.ipynb #5054b974

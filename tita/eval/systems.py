@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BASELINES', 'DISTURBANCE', 'SAID_SO_FAR', 'fingerprint', 'System', 'metered', 'Baseline', 'OtherView',
            'other_picture', 'unsure_gate', 'guide_growing', 'ContrastDecoder', 'best_of', 'Continued', 'continuing',
-           'sentence_search', 'log_likelihoods', 'likeliest', 'decoder_system']
+           'sentence_search', 'heard_options', 'likeliest', 'decoder_system']
 
 # %% ../../nbs/eval/64_systems.ipynb #e6400003
-import hashlib
+import hashlib, math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from ..core import TitaError
 from ..decode.decoder import AlignedDecoder
 from ..decode.engine import Row
 from ..decode.experts import Counts
+from ..decode.lineup import as_list
 from ..decode.prompts import Encoder
 from .evaluation import Said, answerer
 from .tasks import OPTION_LETTERS
@@ -227,23 +228,24 @@ def sentence_search(
     yield from (Said(text, None, row) for text, row in zip(said, rows))
 
 # %% ../../nbs/eval/64_systems.ipynb #e6400028
-def _total(heard: dict, prompt: list[int], answer: list[int]) -> float:
-    return sum(float(heard[*prompt, *answer[:t]][token]) for t, token in enumerate(answer))
+def _total(heard: dict, prompt: list[int], answer: list[int]) -> tuple[float, bool]: # nats; would it be said greedily?
+    steps = [(heard[*prompt, *answer[:t]], token) for t, token in enumerate(answer)]
+    total = sum(float(scores[token]) for scores, token in steps)
+    return total, all(int(scores.argmax()) == token for scores, token in steps)
 
-def log_likelihoods(
+def heard_options(
     decoder: AlignedDecoder, # guided or not
-    image, # a path, a PIL image or None
+    image, # a path, a PIL image, a list of these, or None
     question: str, # what is asked
     options: Sequence[str], # possible answers
-) -> list[float]: # nats, of each option
-    "How likely a decoder finds given answers, after its guidance."
+) -> list[tuple[float, bool]]: # of each option: nats, and whether greedy decoding would say it
+    "How likely a decoder finds given answers, their end included, after its guidance. Raises `TitaError`."
     heard = {}
     def hear(ids, scores):
         heard[tuple(ids[0].tolist())] = scores.log_softmax(-1)[0]
         return scores
     given, sampling = answer_ids(decoder.processor, list(options)), decoder._sampling(temperature=0.)
-    images = [] if image is None else [image]
-    rows = [Row(i, question, images, sampling, 0, forced=ids) for i, ids in enumerate(given)]
+    rows = [Row(i, question, as_list(image), sampling, 0, forced=ids) for i, ids in enumerate(given)]
     engine = decoder.engine(len(rows), [hear])
     engine.submit(rows)
     while engine.busy:
@@ -256,7 +258,9 @@ def likeliest(decoder: AlignedDecoder, rows: Iterable[dict], **settings) -> Iter
     "Answers to multiple choice by log-likelihood: the letter of an option."
     for r in rows:
         try:
-            scores = log_likelihoods(decoder, r["image"], r["text"], r["options"])
+            scores = [total for total, _ in heard_options(decoder, r["image"], r["text"], r["options"])]
+            if max(scores) == -math.inf:
+                raise TitaError("guidance rules out every option (plausibility); lower it, or take --parser letter")
             yield Said(OPTION_LETTERS[max(range(len(scores)), key=scores.__getitem__)], None, r)
         except TitaError as e:
             yield Said("", str(e), r)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['NOTHING', 'OPTION_LETTERS', 'CHOICE_PARSERS', 'YES_NO', 'CHAIR', 'TASKS', 'yes_no_scores', 'captions', 'graded',
            'by_letter', 'by_text', 'choice', 'Task', 'missing_files', 'task_questions', 'join_answers', 'parser_of',
-           'score_task', 'world_rows', 'world_captions', 'as_written', 'register', 'find_tasks', 'file_task',
-           'include_tasks']
+           'score_task', 'world_rows', 'world_captions', 'as_written', 'register', 'well_formed', 'world_texts',
+           'text_only', 'find_tasks', 'file_task', 'include_tasks']
 
 # %% ../../nbs/eval/62_tasks.ipynb #e6200004
 import difflib, importlib.util, re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -108,6 +108,7 @@ class Task:
     neutral: tuple = ("yes_ratio", "length") # metrics that are neither
     max_new_tokens: int = 16 # longest answer
     source: str = "" # where its files come from
+    judge: Callable | None = None # folder -> `judging.Rubric`, where a judge has to read the answers
 
 # %% ../../nbs/eval/62_tasks.ipynb #e6200018
 def missing_files(task: Task, data: str | Path | None) -> list[str]:
@@ -120,6 +121,10 @@ def _check_row(task: Task, n: int, row: Mapping, seen: set):
     if row["question_id"] in seen:
         raise TitaError(f"{task.name}: question_id {row['question_id']!r} is there twice (row {n}); ids must differ")
     seen.add(row["question_id"])
+
+def _what_is_shared(i: int, image):
+    "What tells its image from others; a question about none shares it with no other."
+    return ("no image", i) if image is None else image if isinstance(image, str) else id(image)
 
 # %% ../../nbs/eval/62_tasks.ipynb #e6200039
 def task_questions(
@@ -144,7 +149,7 @@ def task_questions(
 
 def _numbered(rows):
     "Pictures that are no names are told apart by what they are."
-    named = [r | {"image": r["image"] if isinstance(r["image"], (str, type(None))) else id(r["image"])} for r in rows]
+    named = [r | {"image": _what_is_shared(i, r["image"])} for i, r in enumerate(rows)]
     return [r | {"scene": n["scene"]} for r, n in zip(rows, number_scenes(named))]
 
 # %% ../../nbs/eval/62_tasks.ipynb #e6200021
@@ -228,6 +233,48 @@ register(
         ("text", "words on signs", text_match), ("number", "handwritten numbers", text_match),
         ("color", "colours of objects", exact_match), ("count", "numbers of objects", exact_match))),
     _world("blind", "adversarial POPE without the picture", True, "pope_adversarial", **YES_NO))
+
+# %% ../../nbs/eval/62_tasks.ipynb #e6200071
+def _world_forms() -> dict: # kind of question -> what an answer looks like
+    from tita.world.embedded import COLORS, COUNTS, LETTERS, OBJECTS, WORDS
+    one = lambda words: f"(?:{'|'.join(words)})"
+    thing = rf"a {one(COLORS)} ({one(OBJECTS)})"
+    return dict(caption=rf"{thing}(?: , {thing})* \.", pope=one(("yes", "no")), color=one(COLORS), count=one(COUNTS),
+        text=f"{one(WORDS[0])} {one(WORDS[1])}", house=r"\d \d", plate=rf"[{LETTERS}] \d \d")
+
+def well_formed(
+    answer: str,
+    kind: str, # of the question: a key of the world's `ASK`
+) -> bool:
+    "Has an answer the form that its question asks for, naming nothing twice?"
+    from tita.world.embedded import OBJECTS
+    named = [w for w in answer.split() if w in OBJECTS]
+    return bool(re.fullmatch(_world_forms()[kind], answer.strip().lower())) and len(named) == len(set(named))
+
+def world_texts(folder=None) -> list[dict]:
+    "Every question of the world once, about no picture; the truth is the kind of answer that it wants."
+    from tita.world.embedded import ASK, OBJECTS
+    asked = [(kind, text.format(o), f"-{o}") if "{}" in text else (kind, text, "")
+        for kind, text in ASK.items() for o in (OBJECTS if "{}" in text else [None])]
+    return [dict(question_id=f"{kind}{about}", image=None, kind=kind, text=text, truth=kind)
+        for kind, text, about in asked]
+
+register(Task("world_text_only", "1", _WORLD + "answers of the right form where there is no picture", world_texts,
+    as_written, partial(graded, grade=well_formed), max_new_tokens=64))
+
+# %% ../../nbs/eval/62_tasks.ipynb #e6200073
+def text_only(
+    task: Task, # whose questions
+    told: str = "", # field of its rows that stands in for the picture, written before the question; "": nothing does
+) -> Task: # NAME_text_only
+    "The same questions without their pictures, scored as before."
+    def read(folder):
+        return [dict(r) | {"image": None} for r in task.read(folder)]
+    def ask(row):
+        return f"{row[told]}\n\n{task.ask(row)}" if told else task.ask(row)
+    needs = tuple(n for n in task.needs if n != task.images)
+    return replace(task, name=f"{task.name}_text_only", about=f"{task.about}, without the pictures", read=read, ask=ask,
+        needs=needs, images=None)
 
 # %% ../../nbs/eval/62_tasks.ipynb #e6200032
 def find_tasks(

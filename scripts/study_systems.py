@@ -1,0 +1,272 @@
+#!/usr/bin/env python3
+"""Which way of answering is worth its cost? All systems of `tita-eval` on the embedded world, accuracy against cost.
+
+    python scripts/study_systems.py                     seeds 0, 1 and 2, 300 scenes each
+    python scripts/study_systems.py --seed 0 --scenes 40 --pairs 100 --out /tmp/x --runs /tmp/y           a quick look
+
+The base, its reward alone, DPO of the base itself, the base aligned at four strengths, every training-free baseline,
+best of n and sentence search answer the same questions; forwards and tokens are counted in all models, for captions as
+for the rest. Writes results/study_systems.{md,json,png}. Rewards are trained as in scripts/study_world.py, in the same
+folder (runs/study_world/); what is trained or answered is kept, so a study that was killed goes on.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import torch
+from tita.core import cli, run_info, write_json, write_text
+from tita.decode.decoder import AlignedDecoder
+from tita.eval.comparisons import by_image, compare_systems, comparison_table
+from tita.eval.eval_runs import Run, read_run, read_samples, run_tasks, score_run
+from tita.eval.metrics import bootstrap
+from tita.eval.systems import BASELINES, ContrastDecoder, best_of, decoder_system, sentence_search
+from tita.eval.tasks import TASKS, world_rows
+from tita.show.plots import BLUE, GREEN, GREY, INK, ORANGE, label_at, panels, styled
+from tita.world.embedded import tiny_processor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/"scripts"))
+from study_world import models_of  # how the rewards are trained
+
+KINDS = "caption", "pope_adversarial", "color", "text"
+LAMS = .25, .5, 1., 2.
+BASE, FIRST = "base", "λ=1"
+TITLES = dict(caption="captions: CHAIR_i, lower is better", pope_adversarial="POPE adversarial: accuracy",
+    color="colours: accuracy", text="words on signs: accuracy", text_only="answers of the right form, no picture")
+
+
+def tasks_of(scenes: int) -> dict: # kind -> task
+    "The world's own tasks on so many scenes, and its questions without a picture."
+    sized = {k: replace(TASKS[f"world_{k}"], read=partial(world_rows, kind=k, scenes=scenes)) for k in KINDS}
+    return sized | dict(text_only=TASKS["world_text_only"])
+
+
+# Who answers
+
+def aligned(models: dict, lam: float) -> AlignedDecoder:
+    "The base guided by its reward's log-ratio, DPO's implicit reward."
+    return AlignedDecoder(models["base"], models["after"], tiny_processor(), models["before"], form="ratio", lam=lam)
+
+
+def decoders(models: dict) -> dict: # name -> what makes its decoder, and how it searches
+    "Every system by its name."
+    alone = {BASE: "base", "reward alone, before DPO": "before", "reward alone": "after", "DPO of the base": "base_dpo"}
+    made = {name: (partial(AlignedDecoder, models[m], processor=tiny_processor()), {}) for name, m in alone.items()}
+    made |= {f"λ={lam:g}": (partial(aligned, models, lam), {}) for lam in LAMS}
+    made |= {name: (partial(ContrastDecoder, models["base"], tiny_processor(), name), {}) for name in BASELINES}
+    sentences = dict(search=sentence_search, n=4, end=",", seed=0)
+    made["best of 4"] = partial(aligned, models, 1.), dict(search=best_of, n=4, seed=0)
+    made["sentence search of 4"] = partial(aligned, models, 1.), sentences
+    return made
+
+
+def asked(seed: int, args) -> Path: # the folder with a run of each system
+    "Ask every system of a seed everything. A system that was not finished begins anew, so that its cost is whole."
+    out, made = args.runs/f"seed{seed}"/f"systems_{args.scenes}", None
+    for name in decoders(dict.fromkeys(("base", "before", "after", "base_dpo"))):
+        folder = out/name.replace(" ", "_")
+        if (folder/"results.json").is_file() and read_run(folder)["scores"]:
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        made = made or decoders(models_of(seed, args))
+        build, how = made[name]
+        system, tasks = decoder_system(name, build(), **how), list(tasks_of(args.scenes).values())
+        start = time.process_time()
+        run_tasks(Run(folder), tasks, [system], predict_only=True)
+        write_json(folder/"time.json", dict(seconds=time.process_time() - start))
+        score_run(folder)
+        shutil.rmtree(folder/"images") # the scenes can be drawn again
+    return out
+
+
+# What came of it
+
+def gathered(folders: dict) -> tuple: # system -> task -> rows of all seeds; -> task -> cost; -> seconds of each seed
+    "Rows of all seeds together, those about one scene by one seed's models under one index; costs of a question."
+    rows, cost, seconds = {}, {}, {}
+    for seed, out in folders.items():
+        for folder in sorted(out.iterdir()):
+            results = read_run(folder)
+            [(name, about)] = results["systems"].items()
+            seconds.setdefault(name, []).append(json.loads((folder/"time.json").read_text())["seconds"])
+            for task, counts in about["asked"].items():
+                some = [r | dict(question_id=f"{seed}/{r['question_id']}", scene=(seed, r["scene"]), seed=seed)
+                    for r in read_samples(folder, task, name)]
+                rows.setdefault(name, {}).setdefault(task, []).extend(some)
+                of = cost.setdefault(name, {}).setdefault(task, dict(forwards=0, tokens=0, questions=0))
+                for unit, n in dict(forwards=counts["forwards"], tokens=counts["tokens"], questions=len(some)).items():
+                    of[unit] += n
+    order = list(decoders(dict.fromkeys(("base", "before", "after", "base_dpo"))))
+    return {n: rows[n] for n in order}, {n: cost[n] for n in order}, seconds
+
+
+def per_question(cost: dict, unit: str) -> float:
+    return cost[unit] / cost["questions"]
+
+
+def value_of(rows: list, metric: str, seed: int | None = None) -> float:
+    "A metric in percent, of all seeds or of one."
+    some = [r for r in rows if seed in (None, r["seed"])]
+    return bootstrap({"it": by_image(some, [metric])}, n=2)["systems"]["it"][metric]["value"]
+
+
+def line(cells) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def cost_table(rows: dict, cost: dict, seconds: dict, tasks: dict, compared: dict) -> str:
+    "A system a line: its figures, marked where the difference from the base survives, and what a caption costs."
+    heads = ["", *(TITLES[k] for k in tasks), "forwards a caption", "tokens a caption", "time"]
+    lines = [line(heads), line(["---"] * len(heads))]
+    for name in rows:
+        cells = []
+        for task in tasks.values():
+            test = compared["tasks"][task.name][name]["test"]["verdict"] if name != BASE else ""
+            mark = {"better": "**", "worse": "_"}.get(test, "")
+            cells.append(f"{mark}{value_of(rows[name][task.name], task.main):.1f}{mark}")
+        spent = cost[name]["world_caption"]
+        paid = [f"{per_question(spent, u):.1f}" for u in ("forwards", "tokens")]
+        lines.append(line([name, *cells, *paid, f"{sum(seconds[name]) / sum(seconds[BASE]):.1f}"]))
+    return "\n".join(lines)
+
+
+def who_wins(compared: dict, tasks: dict, reference: str) -> str:
+    "For each task, in words, whom the tests put before and behind the reference."
+    told = []
+    for kind, task in tasks.items():
+        of = {way: [n for n, c in compared["tasks"][task.name].items() if c["test"]["verdict"] == way]
+            for way in ("better", "worse")}
+        told.append(f"- {TITLES[kind]}: better than {reference}: {', '.join(of['better']) or 'nobody'}; "
+            f"worse: {', '.join(of['worse']) or 'nobody'}.")
+    return "\n".join(told)
+
+
+LOOKS = {BASE: (INK, "s"), "λ": (ORANGE, "o"), "reward": (GREY, "v"), "DPO": (GREY, "D"), "best": (GREEN, "P"),
+    "sentence": (GREEN, "X")}
+TICKS = [n * 10**k for k in range(5) for n in (1, 2, 5)]
+
+
+def look_of(name: str) -> tuple: # colour, marker
+    return next((look for start, look in LOOKS.items() if name.startswith(start)), (BLUE, "^"))
+
+
+def numbered(ax, points: list):
+    "The number of every point beside it; those that lie on each other share a label."
+    high, low = (f(y for _, y in points) for f in (max, min))
+    near = {}
+    for i, (x, y) in enumerate(points, 1):
+        near.setdefault((round(12 * math.log10(x)), round(16 * (y - low) / (high - low or 1))), []).append(i)
+    for members in near.values():
+        at = points[members[0] - 1]
+        label_at(ax, " ".join(map(str, members)), at, (3, 3), size=6, color=GREY)
+
+
+@styled
+def drawn(rows: dict, cost: dict, tasks: dict):
+    "A panel a task: the main metric against forwards a question, on a logarithmic axis."
+    fig, axes = panels(len(tasks), 3, (3.1, 2.6))
+    for ax, (kind, task) in zip(axes, tasks.items()):
+        at = {n: (per_question(cost[n][task.name], "forwards"), value_of(rows[n][task.name], task.main)) for n in rows}
+        ax.plot(*zip(*(at[f"λ={lam:g}"] for lam in LAMS)), color=ORANGE, lw=1)
+        for i, (name, point) in enumerate(at.items(), 1):
+            color, marker = look_of(name)
+            ax.plot(*point, marker, color=color, ms=4, label=f"{i} {name}" if ax is axes[0] else None)
+        numbered(ax, list(at.values()))
+        ax.set(title=TITLES[kind], xscale="log", xmargin=.1, ymargin=.1, xlabel="forwards a question")
+        ax.set_xticks([t for t in TICKS if ax.get_xlim()[0] <= t <= ax.get_xlim()[1]], minor=False)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+        ax.title.set_size(8)
+    fig.legend(loc="outside lower center", ncols=4, fontsize=7)
+    fig.alt = "Accuracy against forwards a question for every system, a panel for each task"
+    return fig
+
+
+RESULT = """\
+# Which way of answering is worth what it costs
+
+Made by `python scripts/study_systems.py`: {scenes} test scenes of the embedded world, answered by the models of the \
+seeds {seeds}, greedily but for the searches, which draw at temperature 1; rewards are trained on pairs from {pairs} \
+unlabelled scenes. A forward is one model reading one row once, a token is a position that goes in; both are counted \
+in all models, large or small, and every picture's prompt is read by each of them. Time is processor time for all \
+tasks, in multiples of the base's. **Bold** is better than the base and _italic_ worse \
+after Holm's correction over the table.
+
+{table}
+
+![accuracy against cost](study_systems.png)
+
+The strengths λ guide by the ratio of the reward after and before DPO; best of 4 and sentence search (a sentence ends \
+at a comma, for the world's captions are one sentence) choose by the same ratio.
+
+## Who differs from the base
+
+{against_base}
+
+## Who differs from the base aligned at λ = 1
+
+{against_ours}
+
+## Seeds
+
+{each}
+
+## All differences from the base
+
+{full}
+
+Commit {commit:.12}, {cpus} cores of {system}.
+"""
+
+
+def seed_table(rows: dict, tasks: dict, seeds: list) -> str:
+    "The main metric of every task, seed by seed."
+    lines = [line(["", *(TITLES[k] for k in tasks)]), line(["---"] * (len(tasks) + 1))]
+    for name in rows:
+        values = [" / ".join(f"{value_of(rows[name][t.name], t.main, s):.1f}" for s in seeds) for t in tasks.values()]
+        lines.append(line([name, *values]))
+    return f"Seeds {', '.join(map(str, seeds))}, in this order.\n\n" + "\n".join(lines)
+
+
+def study(args):
+    "Ask everybody everything, and write what came of it."
+    tasks = tasks_of(args.scenes)
+    rows, cost, seconds = gathered({seed: asked(seed, args) for seed in args.seed})
+    about = {t.name: dict(main=t.main, lower=t.lower, neutral=t.neutral) for t in tasks.values()}
+    ours = {FIRST: rows[FIRST]} | {n: r for n, r in rows.items() if n not in (FIRST, BASE)}
+    against_base, against_ours = compare_systems(rows, about), compare_systems(ours, about)
+    run, made = run_info(), dict(scenes=args.scenes, seeds=args.seed, pairs=args.pairs)
+    costs, compared = dict(cost=cost, seconds=seconds), dict(against_base=against_base, against_ours=against_ours)
+    write_json(args.out/"study_systems.json", made | costs | compared | dict(run=run))
+    (args.out/"study_systems.png").write_bytes(drawn(rows, cost, tasks).png())
+    told = dict(table=cost_table(rows, cost, seconds, tasks, against_base), each=seed_table(rows, tasks, args.seed),
+        against_base=who_wins(against_base, tasks, "the base"), against_ours=who_wins(against_ours, tasks, "λ = 1"),
+        full=comparison_table(against_base))
+    made["seeds"], run["commit"] = ", ".join(map(str, args.seed)), run["commit"] or "unknown"
+    print(write_text(args.out/"study_systems.md", RESULT.format(**made, **told, **run)))
+
+
+@cli
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--seed", type=int, nargs="*", default=[0, 1, 2])
+    p.add_argument("--scenes", type=int, default=300, help="test scenes")
+    p.add_argument("--pairs", type=int, default=1000, help="unlabelled scenes for preference pairs")
+    p.add_argument("--runs", type=Path, default=ROOT/"runs"/"study_world", help="what is trained and answered")
+    p.add_argument("--out", type=Path, default=ROOT/"results")
+    args = p.parse_args()
+    args.rivals = ["base_dpo"]
+    torch.set_num_threads(1)
+    study(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"Benchmarks that a judge reads, as a user starts them: killed and resumed, with judges that say nonsense, keys kept."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+from judge import judge as bad_judge
+from tita.api.standin import Persona, StandIn
+from tita.core import read_jsonl
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = "from tita.eval.eval_cli import main; main()"
+
+
+class Grader(StandIn):
+    "Answers questions with their number of letters, and grades answers by that; of cows it knows nothing."
+    def answer(self, model, prompt, images=()):
+        if "Score the answer" not in prompt and "Answer A:" not in prompt and "cannot be read" not in prompt:
+            return "x" * (len(prompt) % 9 + 1)
+        if "cow" in prompt or "cannot be read" in prompt:
+            return "No idea."
+        if "Answer A:" in prompt:
+            a, b = (prompt.partition(f"Answer {x}: ")[2].split("\n")[0] for x in "AB")
+            return "[[A]]" if len(a) > len(b) else "[[B]]" if len(b) > len(a) else "[[C]]"
+        said = prompt.partition("Answer: ")[2].split("\n")[0]
+        return f"It has {len(said)} letters.\nScore: {len(said)}"
+
+
+def start(*args, **env):
+    env = os.environ | {"TITA_PROGRESS": "0", "PYTHONPATH": str(ROOT)} | env
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", CODE, *map(str, args)], env=env, **pipes)
+
+
+def tita_eval(*args, code=0, **env):
+    process = start(*args, **env)
+    out, err = process.communicate()
+    assert process.returncode == code, out + err
+    return out + err
+
+
+@pytest.fixture
+def data(tmp_path):
+    "MT-Bench with twelve questions, one of them about a cow."
+    folder = tmp_path/"data/mt_bench"
+    folder.mkdir(parents=True)
+    texts = ["What does a cow eat?", *(f"Write {'very ' * i}briefly." for i in range(11))]
+    rows = [dict(question_id=i, category="writing", turns=[t, "Again."]) for i, t in enumerate(texts)]
+    (folder/"question.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path/"data"
+
+
+def results(out):
+    return json.loads((out/"results.json").read_text())
+
+
+def asking(data, out, server, task="mt_bench"):
+    return ["run", task, "--data", data, "--out", out, "--endpoint", server.url, "--model", "stand-in"]
+
+
+def judging(server, model="stand-in"):
+    return ["--judge", server.url, "--judge-model", model]
+
+
+def test_asked_first_and_judged_later(data, tmp_path):
+    "Scores are those of the judge; what it could not read is counted and told; a second scoring needs no judge."
+    out = tmp_path/"run"
+    with Grader() as server:
+        said = tita_eval(*asking(data, out, server))
+        assert "not judged yet" in said and results(out)["scores"]["mt_bench"] == {}
+        said = tita_eval("score", out, *judging(server))
+        asked = len(server.log)
+        assert tita_eval("score", out, *judging(server)) == said and len(server.log) == asked
+    assert "1 NOT JUDGED (2 of 24 judgements unreadable, 0 without a reply): no score in the reply" in said
+    assert "judged by stand-in in words of ours, 2 passes" in said
+    [figures] = results(out)["scores"]["mt_bench"].values()
+    answers = [r["answer"] for r in read_jsonl(next((out/"samples").glob("*.jsonl"))) if "cow" not in r["text"]]
+    assert figures["score"]["value"] == pytest.approx(sum(map(len, answers)) / 11)
+    assert figures["agreement"]["value"] == 100 and figures["unjudged"]["value"] == pytest.approx(100 / 12)
+    assert tita_eval("score", out) == said
+    kept = read_jsonl(out/"judgements.jsonl")
+    assert len(kept) == 24 and all("Question: " in r["prompt"] for r in kept)
+    assert [len(r["unread"]) for r in kept if r["scores"] is None] == [3, 3]
+
+
+def test_the_words_are_those_of_the_users_copy(data, tmp_path):
+    "FastChat's prompts are used as they are where they lie beside the questions, and the result says so."
+    prompt = "Score the answer.\nQuestion: {question}\nAnswer: {answer}\nNow."
+    named = [dict(name=n, system_prompt="S", prompt_template=prompt) for n in ("single-v1", "single-math-v1")]
+    (data/"mt_bench/judge_prompts.jsonl").write_text("\n".join(map(json.dumps, named)))
+    with Grader() as server:
+        said = tita_eval(*asking(data, tmp_path/"run", server), *judging(server))
+    about = results(tmp_path/"run")["tasks"]["mt_bench"]["judge"]
+    assert about["wording"] == "mt_bench/judge_prompts.jsonl" and about["wording"] in said
+    kept = read_jsonl(tmp_path/"run/judgements.jsonl")
+    assert {r["system"] for r in kept} == {"S"} and all(r["prompt"].endswith("Now.") for r in kept)
+
+
+def test_the_key_is_sent_and_stays_out_of_all_files(data, tmp_path):
+    "It comes from the environment; without it the judge refuses, in words that name the variable."
+    out, key = tmp_path/"run", "a-key-that-nobody-may-see"
+    with Grader() as asked, Grader(key=key) as judge:
+        told = tita_eval(*asking(data, out, asked), *judging(judge), "--judge-key-env", "JUDGE_KEY", code=2)
+        assert "JUDGE_KEY" in told and "Traceback" not in told
+        told = tita_eval("score", out, *judging(judge), "--judge-key-env", "JUDGE_KEY", JUDGE_KEY=key)
+    assert "score" in told and key not in told
+    assert not [p for p in out.rglob("*") if p.is_file() and key in p.read_text()]
+
+
+@pytest.mark.parametrize("args, told", [
+    (["--judge", "http://localhost:1/v1"], "name both"),
+    (["--judge", "localhost", "--judge-model", "m"], "no address"),
+    (["--judge", "http://localhost:1/v1", "--judge-model", "m"], "no connection")])
+def test_a_judge_that_is_none(args, told, data, tmp_path):
+    with Grader() as server:
+        tita_eval(*asking(data, tmp_path, server))
+    said = tita_eval("score", tmp_path, *args, code=2)
+    assert told in said and "Traceback" not in said
+
+
+def test_nonsense_is_never_a_zero(data, tmp_path):
+    "A judge of broken replies, refusals, 429, 500 and dropped connections: no figure, every row counted and told."
+    with Grader() as server:
+        tita_eval(*asking(data, tmp_path, server))
+    with bad_judge(.4) as url:
+        said = tita_eval("score", tmp_path, "--judge", url, "--judge-model", "m", "--passes", 1)
+    assert "12 NOT JUDGED" in said
+    found = results(tmp_path)
+    [figures], [system] = found["scores"]["mt_bench"].values(), found["systems"].values()
+    assert figures["score"]["value"] is None and figures["unjudged"]["value"] == 100
+    counts = system["judged"]["mt_bench"]
+    assert counts["judgements"] == 12 == counts["unread"] + counts["failed"] and counts["why"]
+
+
+def test_a_reply_that_cannot_be_read_is_asked_for_again(data, tmp_path):
+    "The second try says what was wrong with the first; both are kept."
+    class Hasty(Grader):
+        def answer(self, model, prompt, images=()):
+            if "cannot be read: no score" in prompt:
+                return "Score: 7"
+            return "It is fine." if "Score the" in prompt else "x"
+    with Hasty() as server:
+        tita_eval(*asking(data, tmp_path, server), *judging(server))
+    [figures] = results(tmp_path)["scores"]["mt_bench"].values()
+    assert [figures[k]["value"] for k in ("score", "unjudged", "unread")] == pytest.approx([7, 0, 0])
+    kept = read_jsonl(tmp_path/"judgements.jsonl")
+    assert {(r["raw"], *(u["raw"] for u in r["unread"])) for r in kept} == {("Score: 7", "It is fine.")}
+
+
+def test_a_killed_judging_goes_on(data, tmp_path):
+    "What was judged when it was killed is in the file, but for what was on its way; none of it is asked again."
+    out, slow = tmp_path/"run", {"stand-in": Persona(), "slow": Persona(delay=.15)}
+    with Grader(models=slow) as server:
+        tita_eval(*asking(data, out, server))
+        args = "score", out, *judging(server, "slow")
+        process = start(*args)
+        while process.poll() is None and len(rows_in(out/"judgements.jsonl")) < 9:
+            time.sleep(.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        before, asked = rows_in(out/"judgements.jsonl"), replies(server.log)
+        assert 9 <= len(before) < 24 and asked - len(before) <= 8 + 6
+        tita_eval(*args)
+        after = rows_in(out/"judgements.jsonl")
+        assert after[:len(before)] == before and len(after) == 24
+        new = after[len(before):]
+        assert replies(server.log) - asked == len(new) + 2 * sum('"scores": null' in r for r in new)
+
+
+def rows_in(path):
+    "Whole lines of a file."
+    return [l for l in path.read_text().splitlines(True) if l.endswith("\n")] if path.exists() else []
+
+
+def replies(log):
+    return sum(e["model"] == "slow" for e in log)
+
+
+def test_pairs_in_both_orders(data, tmp_path):
+    "Every system beside the first; a judge that likes what stands first makes nobody win, and is found out."
+    from tita.eval.eval_runs import Run, run_tasks
+    from tita.eval.evaluation import answerer
+    from tita.eval.judging import judge_at
+    from tita.eval.systems import System
+    from tita.eval.tasks import TASKS
+    import tita.eval.benchmarks
+    def saying(text):
+        return System(text, answerer(lambda images, texts, **settings: [text] * len(texts)), dict(says=text))
+    class Fond(StandIn):
+        def answer(self, model, prompt, images=()):
+            return "[[A]]"
+    systems, task = [saying("short"), saying("longer, much")], TASKS["mt_bench_pairs"]
+    found = {}
+    for kind in (Grader, Fond):
+        with kind() as server:
+            run = Run(tmp_path/kind.__name__, data)
+            found[kind] = run_tasks(run, [task], systems, judge=judge_at(server.url, "stand-in"))["scores"][task.name]
+            assert all("Answer A: short\n" in e["prompt"] or "Answer B: short\n" in e["prompt"] for e in server.log
+                if "Answer A" in e["prompt"])
+    value = lambda kind, system, metric: found[kind][system][metric]["value"]
+    assert [value(k, "short", "win_rate") for k in found] == [50, 50]
+    assert value(Grader, "longer, much", "win_rate") == 100 and value(Grader, "longer, much", "order_agreement") == 100
+    assert value(Fond, "longer, much", "win_rate") == 50 and value(Fond, "longer, much", "order_agreement") == 0
+    assert value(Fond, "longer, much", "first_wins") == 100 and value(Grader, "longer, much", "first_wins") == 50
+
+
+VERDICT = st.sampled_from([[1., 0.], [0., 1.], [.5, .5], None])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(VERDICT, min_size=4, max_size=4), min_size=1, max_size=6), st.randoms())
+def test_the_order_of_rows_and_of_answers_does_not_matter(verdicts, chance):
+    "Rows in any order give one figure; the other side's win rate is what is left of it."
+    from tita.eval.judging import judged_pairs
+    from tita.eval.metrics import percent
+    places = [(p, n) for p in ("first", "second") for n in (0, 1)]
+    def rows(turn):
+        def scores(v):
+            return dict(own=None, other=None, why="?") if v is None else dict(zip(("own", "other"), v[::turn]))
+        judged = [[dict(place=p, n=n) | scores(v) for (p, n), v in zip(places, vs)] for vs in verdicts]
+        return [dict(answer="a b", judged=js) for js in judged]
+    given, other = rows(1), rows(-1)
+    chance.shuffle(shuffled := list(given))
+    one, again, turned = ({k: percent(*v) for k, v in judged_pairs(r).items()} for r in (given, shuffled, other))
+    assert one == pytest.approx(again, nan_ok=True)
+    if one["win_rate"] is not None:
+        assert one["win_rate"] + turned["win_rate"] == pytest.approx(100)
+    assert one["unjudged"] == pytest.approx(100 * sum(not any(vs) for vs in verdicts) / len(verdicts))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_no_reply_breaks_a_reader(text):
+    "Whatever a judge writes is scores on the scale, or a named error."
+    from tita.core import TitaError
+    from tita.eval.judging import read_score, read_two, read_winner
+    for read, n in ((read_score, 1), (read_two, 2), (read_winner, 2)):
+        try:
+            scores = read(text, 0, 6)
+        except TitaError:
+            continue
+        assert len(scores) == n and all(0 <= s <= 6 for s in scores)
