@@ -72,10 +72,10 @@ def check_names(
     known: Sequence[str], # names that there are
     where: str, # what has them
 ):
-    "Raise `TitaError` for a name that is not known, with the one that was meant."
+    "Raise `TitaError` for a name that is not known, with those that are, or of many the one that was meant."
     if unknown := sorted(set(given) - set(known), key=str):
         near = difflib.get_close_matches(str(unknown[0]), known, 1)
-        meant = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+        meant = f"did you mean {near[0]}?" if near and len(known) > 8 else f"it has {', '.join(known)}"
         raise TitaError(f"{where} has no parameter {', '.join(map(str, unknown))}; {meant}")
 
 def injected_names(

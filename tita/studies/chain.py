@@ -137,10 +137,11 @@ WORLD_DISTIL = dict(lr_scheduler_type="cosine", warmup_steps=50, weight_decay=.0
     save_strategy="steps", save_steps=400)
 
 def _as_yaml(value):
-    "A setting as YAML takes it."
+    "A setting as YAML takes it, paths that are there whole."
     if isinstance(value, (list, tuple)):
         return [_as_yaml(v) for v in value]
-    return str(Path(value).resolve()) if isinstance(value, Path) else value
+    is_path = isinstance(value, Path) or isinstance(value, str) and "/" in value and Path(value).exists()
+    return str(Path(value).resolve()) if is_path else value
 
 # %% ../../nbs/studies/89_chain.ipynb #89a0000c
 @patch
@@ -154,7 +155,7 @@ def train(self: Chain,
     from tita.train import launch, recipes
     recipe = recipes.read_settings(given["config"]) if given.get("config") else {}
     settings = recipe | {k: v for k, v in given.items() if k != "config"}
-    settings |= dict(output_dir=folder/"model", resume=True, seed=self.s.seed)
+    settings |= dict(output_dir=folder/"model", resume=True, seed=self.s.seed, processor=self.base, chat_template=None)
     plain = {k: _as_yaml(v) for k, v in training_fields(method, settings).items()}
     write_text(folder/"settings.yaml", yaml.safe_dump(plain, sort_keys=False))
     self.free()

@@ -8,16 +8,27 @@ __all__ = ['planned_questions', 'Count', 'teaching_needs', 'preference_needs', '
 # %% ../../nbs/studies/90_outline.ipynb #90a00004
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from ..core import TitaError
 from . import budget, own_reward as own, stages as job
 from .chain import WORLD_DISTIL, Chain
 from .reproduction import Reproduction, candidates, chosen_tasks, divided, own_questions, problems
+from .reproduction import source_sizes
 
 # %% ../../nbs/studies/90_outline.ipynb #88a0002d
+def _of_a_mix(s: Reproduction) -> tuple[list, int]:
+    "A sample of a mix that is not here yet, as SeVa draws it; of another file nothing is known."
+    from tita.data.sources import SOURCES
+    drawn = {SOURCES[name]: n or SOURCES[name].images for name, n in source_sizes(s.sources).items() if name in SOURCES}
+    rows = sum(n * source.per_image for source, n in drawn.items())
+    return [dict(text="What is written on the cover of this book ?")] * rows, sum(drawn.values())
+
 def planned_questions(s: Reproduction) -> dict: # part -> (rows, images)
     "The questions that a run will ask, before any is made."
     if s.base and not s.questions:
         return {}
+    if s.base and not Path(s.questions).exists():
+        return dict.fromkeys(("teach", "probe", "agree"), _of_a_mix(s))
     if s.base:
         parts = own_questions(s)
         return {part: (rows, len({r["image"] for r in rows})) for part, rows in parts.items()}
@@ -70,7 +81,8 @@ class Count:
 def _pairs_there(s: Reproduction) -> int:
     "How many rows the user's pairs have."
     from tita.train.training_rows import training_rows
-    return len(training_rows(s.pairs.split())) if s.pairs else 0
+    files = s.pairs.split()
+    return len(training_rows(files)) if files and all(Path(file).exists() for file in files) else 0
 
 def teaching_needs(c: Count, asked: Mapping) -> Iterator:
     "What the base's answers, distillation and the look at agreement take."

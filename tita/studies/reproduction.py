@@ -107,7 +107,10 @@ def wrong_models(s: Reproduction) -> Iterator[str]:
     if not (s.base and s.reward):
         return
     try:
-        check_pair(load_processor(s.base), load_processor(s.reward))
+        processor = load_processor(s.base)
+        check_pair(processor, load_processor(s.reward))
+        if not getattr(processor, "chat_template", None):
+            yield f"{s.base}: its processor has no chat template; take the -hf version of the model"
     except TitaError as e:
         yield str(e)
     for name in (s.base, s.reward):
@@ -134,8 +137,9 @@ def wrong_training(s: Reproduction) -> Iterator[str]:
             training_fields(method, given)
         except TitaError as e:
             yield f"{name}: {e}"
-        if given.get("config") and not Path(given["config"]).is_file():
-            yield f"{name}: {given['config']} is not there; scripts/params/train has the published recipes"
+        for key, there in dict(config="scripts/params/train", deepspeed="scripts/deepspeed").items():
+            if given.get(key) and not Path(given[key]).is_file():
+                yield f"{name}: {given[key]} is not there; {there} has some"
 
 def wrong_tasks(s: Reproduction) -> Iterator[str]:
     "Tasks that are not known, and their files that are missing."
