@@ -5,7 +5,8 @@
 
 The executed copy is saved cell by cell, in the end as a page, too; what the notebook prints is shown while it runs.
 Parameters are checked first: their names, and that each is of its default's kind; a list is given as
-`-p lams "[0.5, 1]"`. Exit codes: 0, 1 (the notebook failed), 2 (a mistake that the message names), 130 (interrupted), 138 (its process died).
+`-p lams "[0.5, 1]"`. Exit codes: 0, 1 (the notebook failed), 2 (a mistake that the message names), 130 (interrupted),
+138 (its process died).
 """
 import argparse, logging, os, signal, sys, tempfile
 from contextlib import contextmanager

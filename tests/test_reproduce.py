@@ -60,7 +60,8 @@ def test_the_notebook_says_what_the_module_says():
 def test_published_pairs_are_there():
     "Those that the sources name, each with its recipe."
     of = {f.stem: yaml.safe_load(f.read_text()) for f in FILES}
-    bases = {name: tuple(said[k].split("/")[1] for k in ("base", "reward")) for name, said in of.items() if "base" in said}
+    named = {name: said for name, said in of.items() if "base" in said}
+    bases = {name: tuple(said[k].split("/")[1] for k in ("base", "reward")) for name, said in named.items()}
     assert bases["llava15_7b"] == ("llava-1.5-7b-hf", "tiny-llava-v1-hf")
     assert bases["llava15_13b"] == ("llava-1.5-13b-hf", "tiny-llava-v1-hf")
     assert bases["qwen25_vl_7b"] == ("Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-3B-Instruct")
@@ -166,9 +167,9 @@ def test_same_seed_same_metrics(tmp_path):
         code, said = run(tmp_path / name, target=f"{name}.ipynb")
         assert code == 0, said[-3000:]
     assert results(tmp_path / "a") == results(tmp_path / "b")
-    later = {"agreement", "pairs", "dpo", "strength", "test"}
-    expected = {("dpo", "{'num_train_epochs': 2}"): {"dpo", "strength", "test"}, ("view", "diffusion-500"): {"pairs", "dpo",
-        "strength", "test"}, ("distil", "{'max_steps': 12, 'learning_rate': 4e-3}"): {"distil"} | later}
+    last = {"dpo", "strength", "test"}
+    expected = {("dpo", "{'num_train_epochs': 2}"): last, ("view", "diffusion-500"): {"pairs"} | last}
+    expected |= {("distil", "{'max_steps': 12, 'learning_rate': 4e-3}"): {"distil", "agreement", "pairs"} | last}
     for given, steps in expected.items():
         code, said = run(tmp_path / "a", *given, target="a.ipynb")
         assert code == 0 and ran(said)[0] == steps, said[-3000:]
@@ -213,8 +214,8 @@ def test_other_models_their_questions_and_a_recipe(mine, tmp_path):  # noqa: F81
     asked = [json.loads(line) for line in (mine / "questions.jsonl").read_text().splitlines()]
     (mine / "images/boats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in asked if "answer" in r))
     many = [r | {"question_id": f"{r['question_id']}/{k}", "text": f"{r['text']} {k}"} for r in asked for k in range(3)]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps({k: r[k] for k in ("question_id", "image", "text")}) + "\n"
-        for r in many))
+    rows = [{k: r[k] for k in ("question_id", "image", "text")} for r in many]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     recipe = dict(use_peft=True, lora_r=4, num_train_epochs=1, per_device_train_batch_size=8, learning_rate=1e-3)
     (tmp_path / "lora.yaml").write_text(yaml.safe_dump(recipe))
     small = dict(max_steps=2, per_device_train_batch_size=8)
