@@ -170,13 +170,14 @@ def shared_results(
     both = {name: [run.results[name] for run in runs] for name in names if all(name in run.results for run in runs)}
     return both, len(names) - len(both)
 
-# %% ../nbs/22_records.ipynb #0600017
+# %% ../nbs/22_records.ipynb #060001f
 def _reach(run: RunRecord, name: str) -> tuple: # below and above the value
     "How far an interval reaches from its value; nowhere where there is none."
     value = run.results[name]
     low, high = run.intervals.get(name, (value, value))
     return max(0, value - low), max(0, high - value)
 
+# %% ../nbs/22_records.ipynb #0600017
 def comparison_figure(
     runs: list[RunRecord], # two or more
     results: dict[str, list[float]], # of `shared_results`

@@ -215,8 +215,8 @@ COLUMNS_OF_NEEDS = "step", "rows", "tokens", "operations", "memory", "disk", "ab
 def assumptions(machine: Machine, sizes: Sequence[Size]) -> str:
     "What the table takes for granted, in a sentence each."
     speed, copy = _short(machine.operations), _short(machine.bandwidth, "B")
-    told = (f"Measured here ({machine.device}): {speed} operations a second of a matrix product, {copy} a second of a copy, "
-        f"{machine.call * 1e6:.0f} µs a small operation. Assumed: models reach {REACHED:.0%} of the first, "
+    told = (f"Measured here ({machine.device}): {speed} operations a second of a matrix product, {copy} a second of a "
+        f"copy, {machine.call * 1e6:.0f} µs a small operation. Assumed: models reach {REACHED:.0%} of the first, "
         f"{ROWS_AT_ONCE} rows are decoded at once, answers are half as long as they may be, nothing is saved by shared "
         "beginnings.")
     guessed = [s.name for s in sizes if not s.known]
