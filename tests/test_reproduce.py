@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import run_notebook
 from test_demo import mine  # noqa: F401 (a fixture: a tiny base and reward in folders, photographs, questions)
+from tita.core import TitaError
 from tita.steps import notebook_defaults
+from tita.studies.outline import prepare
 from tita.studies.reproduction import Reproduction, problems
 
 NOTEBOOK = "nbs/runs/reproduce.ipynb"
@@ -127,16 +129,29 @@ def test_dry_run_writes_nothing_and_tells_all(tmp_path):
 
 
 def test_mistakes_are_told_together(tmp_path):
-    wrong = dict(view="difusion", base="no/base", reward="no/reward", questions="no.jsonl")
-    code, said = run(tmp_path / "run", *(word for pair in wrong.items() for word in pair))
-    assert code == 2 and "Traceback" not in said
-    told = "mistakes", "'difusion' is none of", "no.jsonl is not there", "images is missing"
-    assert all(word in said for word in told), said[-2000:]
+    wrong = Reproduction(str(tmp_path / "run"), "no/base", "no/reward", "no.jsonl", view="difusion")
+    with pytest.raises(TitaError) as e:
+        prepare(wrong)
+    told = "mistakes", "'difusion' is none of", "no.jsonl is not there", "images is missing", "no/base: cannot be"
+    assert all(word in str(e.value) for word in told), e.value
+    _, plan = prepare(dataclasses.replace(wrong, dry_run=True))
+    assert "Before it can run" in plan.told and "no size in the name" in plan.told
     assert not (tmp_path / "run").exists()
 
 
+def test_a_pair_that_is_not_here_is_counted(tmp_path):
+    "A dry run needs neither models nor data: sizes come from names, a mix from what SeVa samples of it."
+    said = yaml.safe_load((ROOT / "scripts/params/runs/llava15_7b.yaml").read_text())
+    run, plan = prepare(Reproduction(**said | dict(out=str(tmp_path / "run"), dry_run=True)))
+    rows = {need.step: need for need in plan.needs}
+    assert rows["teach"].rows == 36_000 and rows["dpo"].rows == 24_000
+    assert rows["teach"].operations > 2 * 7e9 * rows["teach"].tokens
+    assert 13e9 < rows["teach"].memory < 16e9 and "tiny-llava-v1-hf" in plan.told
+    assert "cannot be downloaded" in plan.told and not (tmp_path / "run").exists()
+
+
 def test_smoke_from_nothing_to_the_report(tmp_path):
-    "Every step, with figures as they must be; again, and nothing runs; with another rival, only the test does."
+    "Every step, with figures as they must be; again, and nothing runs."
     out = tmp_path / "run"
     code, said = run(out)
     assert code == 0 and ran(said)[0] == ALL, said[-3000:]
@@ -154,10 +169,6 @@ def test_smoke_from_nothing_to_the_report(tmp_path):
     code, said = run(out)
     assert code == 0 and ran(said) == (set(), ALL), said[-3000:]
     assert results(out) == found
-    code, said = run(out, "rivals", "['vcd']")
-    assert code == 0 and ran(said)[0] == {"test"}, said[-3000:]
-    assert "test: runs again, for this differs: rivals" in said
-    assert "vcd" in results(out)["scores"]["world_caption"]
 
 
 @pytest.mark.slow
@@ -168,6 +179,10 @@ def test_same_seed_same_metrics(tmp_path):
         assert code == 0, said[-3000:]
     assert results(tmp_path / "a") == results(tmp_path / "b")
     last = {"dpo", "strength", "test"}
+    code, said = run(tmp_path / "a", "rivals", "['vcd']", target="a.ipynb")
+    assert code == 0 and ran(said)[0] == {"test"}, said[-3000:]
+    assert "test: runs again, for this differs: rivals" in said
+    assert "vcd" in results(tmp_path / "a")["scores"]["world_caption"]
     expected = {("dpo", "{'num_train_epochs': 2}"): last, ("view", "diffusion-500"): {"pairs"} | last}
     expected |= {("distil", "{'max_steps': 12, 'learning_rate': 4e-3}"): {"distil", "agreement", "pairs"} | last}
     for given, steps in expected.items():
