@@ -7,7 +7,7 @@ __all__ = ['WHOLE', 'BLOCK', 'LIBRARIES', 'notebook_defaults', 'literal', 'is_li
            'settings_from', 'file_hash', 'content_of', 'images_content', 'code_of', 'DoneStep', 'Steps']
 
 # %% ../nbs/24_steps.ipynb #24a00004
-import ast, dataclasses, difflib, functools, hashlib, inspect, json, math, textwrap, time
+import ast, dataclasses, difflib, functools, hashlib, json, math, time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -183,9 +183,18 @@ def _read_module(name: str) -> tuple[str, list[str]]:
 # %% ../nbs/24_steps.ipynb #24a00018
 LIBRARIES = "torch", "transformers", "trl", "peft"
 
+def _bytecode(code, docstring: str | None = None) -> list:
+    "What a function does, without its docstring and its place in the file."
+    def plain(constant):
+        if hasattr(constant, "co_code"):
+            return _bytecode(constant)
+        return repr(sorted(constant, key=repr) if isinstance(constant, frozenset) else constant)
+    constants = [plain(c) for c in code.co_consts if docstring is None or c != docstring]
+    return [code.co_code.hex(), code.co_names, code.co_varnames, constants]
+
 def _function_hash(function: Callable) -> str:
-    "Hash of one function's code."
-    return stable_hash(ast.dump(_plain_tree(textwrap.dedent(inspect.getsource(function)))))
+    "Hash of one function as it was loaded, wherever its file has gone since."
+    return stable_hash(_bytecode(function.__code__, function.__doc__), repr(function.__defaults__))
 
 def code_of(
     *things: str | Callable, # full names of modules, as in "tita.train.recipes"; functions, which count by themselves

@@ -33,12 +33,13 @@ def strength_figure(told: Mapping): # a `show.plots.Picture`
 
 # %% ../../nbs/studies/91_findings.ipynb #88a0003b
 @patch
-def curves(self: Chain): # a picture; None in a dry run
+def curves(self: Chain): # a picture; None in a dry run, and for a training too short to be logged
     "The reward's training."
     from tita.show import plots
     if not self.s.dry_run:
         told = (self.steps.done["dpo"].folder/"model/metrics.json").read_text(encoding="utf-8")
-        return plots.training_curves(json.loads(told)["history"])
+        history = json.loads(told)["history"]
+        return plots.training_curves(history) if history else None
 
 @patch
 def strengths(self: Chain): # a picture; None in a dry run
@@ -89,10 +90,11 @@ def report(self: Chain) -> Path | None: # None in a dry run
     page = Report("Reproduction", _lead(self, found))
     page.section("Test", NOTE.format(**compared)).table(comparison_rows(compared), COLUMNS)
     page.text(f"Every answer that changed sides, with its image: `{gallery.name}`.")
-    page.section("Strength", "Chosen on the validation side of every task; the test had no part in it.")
-    figures = dict(strength=self.strengths(), curves=self.curves())
-    page.figure(figures["strength"]).section("Training").figure(figures["curves"])
+    page.section("Strength and training", "Chosen on the validation side of every task; the test had no part in it.")
+    drawn = dict(strength=self.strengths(), curves=self.curves())
+    figures = {name: figure for name, figure in drawn.items() if figure is not None}
     for name, figure in figures.items():
+        page.figure(figure)
         figure.savefig(out/f"{name}.png", dpi=120)
     given = {k: v for k, v in asdict(self.s).items() if v and k != "out"}
     info = dict(found["run"]["versions"], commit=found["run"]["commit"]) | given

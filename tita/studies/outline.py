@@ -7,7 +7,7 @@ __all__ = ['planned_questions', 'Count', 'teaching_needs', 'preference_needs', '
 
 # %% ../../nbs/studies/90_outline.ipynb #90a00004
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from ..core import TitaError
 from . import budget, own_reward as own, stages as job
@@ -32,7 +32,7 @@ def planned_questions(s: Reproduction) -> dict: # part -> (rows, images)
     if s.base:
         parts = own_questions(s)
         return {part: (rows, len({r["image"] for r in rows})) for part, rows in parts.items()}
-    sizes = dict(teach=s.teach_scenes, probe=s.probe_scenes, agree=min(100, s.probe_scenes))
+    sizes = dict(teach=s.teach_scenes, probe=s.probe_scenes, agree=min(100, s.teach_scenes))
     texts = [job.ASK[k] for k in ("caption", "text", "house", "plate")] + [job.ASK["pope"].format("boat")] * 8
     return {part: ([dict(text=t) for t in texts] * n, n) for part, n in sizes.items()}
 
@@ -163,15 +163,22 @@ class Outline:
         return "\n".join(map("  ".join, budget.needs_rows(self.needs))) + f"\n{self.told}"
 
 # %% ../../nbs/studies/90_outline.ipynb #90a0000c
-def _counted(chain: Chain) -> tuple[list, str, list[str]]:
-    "What the run takes, in words what is assumed, and what does not fit or cannot be told."
-    machine = budget.measure_machine(chain.s.out)
-    try:
-        needs, sizes = count_needs(chain, machine)
-    except TitaError as e:
-        return [], "", [str(e)]
+def _counted(settings: Reproduction) -> tuple[list, str, list[str]]:
+    "What the run takes, what is assumed, and what does not fit."
+    machine = budget.measure_machine(settings.out)
+    needs, sizes = count_needs(Chain(replace(settings, dry_run=True)), machine)
     return needs, budget.assumptions(machine, sizes), budget.no_room(needs, machine)
 
+def _looked_at(settings: Reproduction) -> tuple[list, str, list[str]]:
+    "The same; in a dry run what cannot be counted is told, too."
+    try:
+        return _counted(settings)
+    except TitaError as e:
+        if not settings.dry_run:
+            raise
+        return [], "", [str(e)]
+
+# %% ../../nbs/studies/90_outline.ipynb #90b00002
 def prepare(
     settings: Reproduction, # as given
     show=print, # called with each line
@@ -179,13 +186,13 @@ def prepare(
     "Check everything. Raises `TitaError` with all that is wrong; a dry run tells it instead."
     wrong = problems(settings)
     if wrong and not settings.dry_run:
-        raise TitaError("; ".join(wrong) if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} mistakes:", *wrong]))
-    chain = Chain(settings, show)
-    needs, told, tight = _counted(chain)
+        raise TitaError(wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} mistakes:", *wrong]))
+    needs, told, tight = _looked_at(settings)
     if tight and settings.check_machine and not settings.dry_run:
         raise TitaError("; ".join(tight) + "; check_machine = False runs it all the same")
     if wrong or tight:
         told = "\n".join([told, "", "Before it can run:", "", *(f"- {line}" for line in wrong + tight)])
+    run = Chain(settings, show)
     if settings.dry_run and not wrong:
-        chain.run_all()
-    return chain, Outline(needs, told)
+        run.run_all()
+    return run, Outline(needs, told)

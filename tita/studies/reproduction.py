@@ -54,8 +54,8 @@ class Reproduction(PairAndData):
     lams: list = field(default_factory=lambda: [.25, .5, 1.]) # strengths; `interpolate` takes those up to 1
     rivals: list = field(default_factory=lambda: ["vcd"]) # names in `systems.BASELINES`
     valid_share: float = .25 # share of the images of each task that is for choosing, and not in the test
-    valid_limit: int = 0 # questions of each task to choose with; 0: all
-    limit: int = 0 # questions of each task in the test; 0: all
+    valid_limit: int = 100 # questions of each task to choose with; 0: all
+    limit: int = 300 # questions of each task in the test; 0: all
     dry_run: bool = False # say what would run and what it takes, and stop
     check_machine: bool = True # refuse a run for which memory or disk will not do
 
@@ -215,7 +215,7 @@ def world_questions(s: Reproduction, folder: Path) -> dict: # part -> rows
     "Questions about scenes of the embedded world, whose images are put into the folder."
     from tita.world.embedded import make_scenes
     drawn = dict(teach=(s.teach_scenes, s.seed + 1000, "train"), probe=(s.probe_scenes, s.seed, "train"),
-        agree=(min(100, s.probe_scenes), s.seed, "valid"))
+        agree=(min(100, s.teach_scenes), s.seed, "valid"))
     def ask(part, which):
         return job.probe_rows(make_scenes(*which), folder/"images", part, seed=s.seed)
     return {part: ask(part, which) for part, which in drawn.items()}
@@ -234,8 +234,10 @@ def own_questions(s: Reproduction) -> dict: # part -> rows
     sizes = source_sizes(s.sources)
     rows = sample_questions(s.questions, sizes, s.seed) if sizes else read_questions(s.questions)
     rows = [r for r in rows if r["image"]]
-    aside = [r for r in rows if int(stable_hash("agree", r["image"]), 16) % 20 == 0]
-    kept = [r for r in rows if int(stable_hash("agree", r["image"]), 16) % 20]
-    if not aside or not kept:
-        raise TitaError(f"{s.questions}: {len(rows)} questions about images are too few to divide; give some hundreds")
-    return dict(teach=kept, probe=kept, agree=aside[:500])
+    names = sorted({r["image"] for r in rows}, key=lambda name: stable_hash("agree", name))
+    if len(names) < 2:
+        few = f"its questions are about {len(names)} images, too few to divide"
+        raise TitaError(f"{s.questions}: {few}; give some hundreds")
+    some = set(names[:max(1, len(names) // 20)])
+    kept = [r for r in rows if r["image"] not in some]
+    return dict(teach=kept, probe=kept, agree=[r for r in rows if r["image"] in some][:500])
