@@ -245,7 +245,9 @@ def test_other_models_their_questions_and_a_recipe(mine, tmp_path):  # noqa: F81
     found = results(tmp_path / "run")
     assert {"base", "reward before DPO", "reward", "DPO of the base", "vcd"} <= set(found["scores"]["boats"])
     assert [*(tmp_path / "run").glob("steps/dpo-*/model/adapter_model.safetensors")]
-    shutil.copy(mine / "images" / asked[0]["image"], mine / "images" / asked[-1]["image"])
+    taught, = (tmp_path / "run").glob("steps/material-*/teach.jsonl")
+    shown = [json.loads(line)["image"] for line in taught.read_text().splitlines()]
+    shutil.copy(mine / "images" / shown[0], mine / "images" / shown[-1])
     code, said = run(tmp_path / "run", file=tmp_path / "own.yaml")
     assert "images" in said.split("teach: runs again, for this differs: ")[1].splitlines()[0]
 
