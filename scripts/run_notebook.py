@@ -3,13 +3,18 @@
 
     python scripts/run_notebook.py nbs/runs/demo.ipynb runs/demo/demo.ipynb [-f FILE.yaml] [-p NAME VALUE] ...
 
-The executed copy is saved cell by cell, and what the notebook prints is shown while it runs. Parameters are checked
-first: their names, and that each is of its default's kind; a list is given as `-p lams "[0.5, 1]"`. Exit codes: 0,
-1 (the notebook failed), 2 (a mistake that the message names), 130 (interrupted), 138 (its process died).
+The executed copy is saved cell by cell, in the end as a page, too; what the notebook prints is shown while it runs.
+Parameters are checked first: their names, and that each is of its default's kind; a list is given as
+`-p lams "[0.5, 1]"`. Exit codes: 0, 1 (the notebook failed), 2 (a mistake that the message names), 130 (interrupted),
+138 (its process died).
 """
-import argparse, ast, json, logging, math, os, sys, tempfile
-from contextlib import contextmanager, suppress
+import argparse, logging, os, signal, sys, tempfile
+from contextlib import contextmanager
 from pathlib import Path
+
+from tita.core import write_text
+from tita.steps import check_names, fitting
+from tita.steps import notebook_defaults as defaults
 
 MISTAKES = {"TitaError"}
 NO_SPACE = "No space left on device"
@@ -17,51 +22,6 @@ CHATTER = (
     "Executing Cell", "Ending Cell", "Executing notebook with kernel", "Input Notebook", "Output Notebook",
     "Task exception was never retrieved",  # of a cell that Ctrl-C left: its process was gone before it was cancelled
 )
-
-def defaults(
-    notebook: str, # the notebook to run
-) -> dict: # parameter -> its default
-    "What the cell tagged `parameters` assigns."
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    body = [s for c in tagged for s in ast.parse("".join(c["source"])).body]
-    return {s.targets[0].id: ast.literal_eval(s.value) for s in body if isinstance(s, ast.Assign)}
-
-def literal(
-    text: str, # as typed
-):  # the list, mapping or number meant; None if it is none
-    "Read JSON, or what Python prints."
-    for read in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return read(text)
-
-def is_like(
-    value, # given for a parameter
-    default, # of it
-) -> bool:
-    "Is it of the default's kind? A whole number does for a fraction; a list's entries are of the first one's kind."
-    if isinstance(default, list):
-        return isinstance(value, list) and all(is_like(v, d) for v in value for d in default[:1])
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    if isinstance(default, float):
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    return isinstance(value, type(default))
-
-def fitting(
-    name: str, # of the parameter
-    value, # from a file, or text from the command line
-    default, # of the parameter
-):  # the value in the default's kind
-    "Read what was given as the parameter's default is read. Raises ValueError with what it should be."
-    found = literal(value) if isinstance(value, str) and not isinstance(default, str) else value
-    if isinstance(default, bool) and isinstance(value, str):
-        found = {"true": True, "false": False}.get(value.lower())
-    if not is_like(found, default):
-        kind = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}.get(type(default))
-        kind = kind or f"a {type(default).__name__}"
-        raise ValueError(f"parameter {name} = {value!r}: it is {kind}, such as {default!r}")
-    return found
 
 def mapping(
     file: str, # YAML
@@ -83,6 +43,8 @@ def placed(
     value, # as the file has it
 ): # the same; the relative paths in a text made absolute
     "Paths in a YAML file count from its repository, wherever the notebook runs: `out`, and what is there by that name."
+    if isinstance(value, dict):
+        return {key: placed(root, key, v) for key, v in value.items()}
     if not isinstance(value, str):
         return value
     paths = [name == "out" or "/" in word and (root/word).exists() for word in value.split(" ")]
@@ -96,8 +58,7 @@ def parameters(
     "What to put into the notebook's parameters cell, checked against it: no work is done before this has passed."
     known = defaults(notebook)
     given = {name: value for file in files for name, value in mapping(file).items()} | dict(pairs)
-    if unknown := sorted(set(given) - set(known), key=str):
-        raise ValueError(f"{notebook} has no parameter {', '.join(map(str, unknown))}; it has {', '.join(known)}")
+    check_names(list(given), list(known), notebook)
     return {name: fitting(name, value, known[name]) for name, value in given.items()}
 
 def explain(
@@ -147,6 +108,16 @@ def execute(
     papermill.execute_notebook(
         notebook, target, given, kernel_name="python3", log_output=True, progress_bar=True, config=transport)
 
+def write_page(
+    target: str, # the executed notebook
+):
+    "The notebook as a page beside it, for those without Jupyter; left out where nbconvert is not installed."
+    try:
+        from nbconvert import HTMLExporter
+    except ImportError:
+        return
+    write_text(Path(target).with_suffix(".html"), HTMLExporter().from_filename(target)[0])
+
 def tell(
     text: str, # for the reader
     code: int, # exit code
@@ -184,7 +155,10 @@ def main(
         return tell(f"error: {e}", 2)
     except KeyboardInterrupt:
         return tell("interrupted; run the same command again to resume", 130)
+    write_page(a.target)
     return 0
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: # a shell that starts a command with & lets it ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

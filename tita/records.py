@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_RESULTS', 'FILES', 'app', 'ONE_FOLDER', 'RUN_FOLDERS', 'ROOT', 'processor_name', 'hardware', 'begin_record',
-           'numbers_in', 'RunRecord', 'run_of', 'find_runs', 'differing', 'shared_results', 'comparison_figure',
-           'list_runs', 'show_run', 'compare_runs', 'main']
+           'numbers_in', 'intervals_in', 'RunRecord', 'run_of', 'find_runs', 'differing', 'shared_results',
+           'comparison_figure', 'list_runs', 'show_run', 'compare_runs', 'main']
 
 # %% ../nbs/22_records.ipynb #0600003
 import json, os, platform, sys
@@ -48,7 +48,10 @@ def begin_record(
     now = run_info()
     if path.exists():
         record = json.loads(path.read_text(encoding="utf-8"))
-        record.setdefault("continued", []).append({k: now[k] for k in ("time", "commit", "changed")})
+        starts = [record, *record.get("continued", [])]
+        last = next(start["settings"] for start in reversed(starts) if "settings" in start)
+        other = {} if last == json.loads(json.dumps(settings, default=str)) else dict(settings=settings)
+        record.setdefault("continued", []).append({k: now[k] for k in ("time", "commit", "changed")} | other)
     else:
         record = dict(settings=settings, run=now, hardware=hardware())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,21 +63,29 @@ def begin_record(
 # %% ../nbs/22_records.ipynb #060000d
 NOT_RESULTS = {"settings", "seconds", "run", "hardware", "history", "continued"}
 
+def _cells_in(found, name: str = ""):
+    "Name and cell of every number below: a value, and an interval where it has one."
+    if isinstance(found, bool) or not isinstance(found, (int, float, dict)):
+        return
+    if not isinstance(found, dict):
+        yield name, dict(value=found)
+    elif isinstance(found.get("value"), (int, float)):
+        yield name, found
+    else:
+        for key, value in found.items():
+            if name or key not in NOT_RESULTS:
+                yield from _cells_in(value, f"{name}.{key}".strip("."))
+
 def numbers_in(
     found, # of metrics.json
-    name: str = "", # of what is read
 ) -> dict[str, float]: # "system.metric" -> number
     "All numbers below, under their dotted names; a cell with its interval counts by its value."
-    if isinstance(found, bool) or found is None:
-        return {}
-    if isinstance(found, (int, float)):
-        return {name: found}
-    if not isinstance(found, dict):
-        return {}
-    if isinstance(found.get("value"), (int, float)):
-        return {name: found["value"]}
-    parts = [(k, v) for k, v in found.items() if name or k not in NOT_RESULTS]
-    return {k: v for key, value in parts for k, v in numbers_in(value, f"{name}.{key}".strip(".")).items()}
+    return {name: cell["value"] for name, cell in _cells_in(found)}
+
+def intervals_in(found) -> dict[str, tuple]: # "system.metric" -> low, high
+    "The intervals of those that have one."
+    known = [(name, cell.get("low"), cell.get("high")) for name, cell in _cells_in(found)]
+    return {name: (low, high) for name, low, high in known if None not in (low, high)}
 
 # %% ../nbs/22_records.ipynb #060000f
 @dataclass
@@ -85,6 +96,7 @@ class RunRecord:
     made_by: dict # commit, versions, machine, time
     results: dict[str, float] # see `numbers_in`
     seconds: dict # stage -> seconds
+    intervals: dict[str, tuple] # see `intervals_in`
 
     @property
     def state(self) -> str:
@@ -122,10 +134,11 @@ def run_of(
     record, stages, metrics = (_json_in(folder/name) for name in FILES)
     if not (record or stages or metrics):
         raise TitaError(f"{folder} holds no run: none of {', '.join(FILES)} is there")
-    settings = next((s for s in (x.get("settings") for x in (record, stages, metrics)) if s), {})
+    settings = next((s for s in (x.get("settings") for x in (metrics, record, stages)) if s), {})
     seconds = metrics.get("seconds") or stages.get("seconds") or {}
     seconds = seconds if isinstance(seconds, dict) else {"all": seconds}
-    return RunRecord(folder, settings, record.get("run") or metrics.get("run") or {}, numbers_in(metrics), seconds)
+    made_by, found = record.get("run") or metrics.get("run") or {}, numbers_in(metrics)
+    return RunRecord(folder, settings, made_by, found, seconds, intervals_in(metrics))
 
 def find_runs(
     root: str | Path = "runs", # folder
@@ -157,20 +170,29 @@ def shared_results(
     both = {name: [run.results[name] for run in runs] for name in names if all(name in run.results for run in runs)}
     return both, len(names) - len(both)
 
+# %% ../nbs/22_records.ipynb #060001f
+def _reach(run: RunRecord, name: str) -> tuple: # below and above the value
+    "How far an interval reaches from its value; nowhere where there is none."
+    value = run.results[name]
+    low, high = run.intervals.get(name, (value, value))
+    return max(0, value - low), max(0, high - value)
+
 # %% ../nbs/22_records.ipynb #0600017
 def comparison_figure(
     runs: list[RunRecord], # two or more
     results: dict[str, list[float]], # of `shared_results`
     path: str | Path, # picture to write
 ):
-    "A panel for each result, a bar for each run."
+    "A panel for each result, a bar for each run, with its interval where it has one."
     from matplotlib.figure import Figure
     names = list(results)[:24]
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     fig = Figure(figsize=(2.6 * columns, 1.2 + .5 * lines * len(runs)), layout="constrained")
     for ax, name in zip(fig.subplots(lines, columns, squeeze=False).flat, names):
-        ax.barh([run.folder.name for run in runs], results[name], color="#0072b2")
+        reach = [_reach(run, name) for run in runs]
+        bars = [run.folder.name for run in runs], results[name]
+        ax.barh(*bars, xerr=list(zip(*reach)), color="#0072b2", error_kw=dict(ecolor="0.35", lw=1))
         ax.set_title(name.removeprefix("systems."), fontsize=8)
         ax.tick_params(labelsize=7)
         ax.invert_yaxis()
