@@ -19,13 +19,13 @@ from fastcore.basics import patch
 from PIL import Image
 from ..core import TitaError, image_path, progress, stable_hash
 from .engine import Engine, Output, Row
-from .guidance import FORMS, SAFE, Guidance
+from .guidance import FORMS, OWN, SAFE, Guidance, guidance_for
 from .lineup import as_list, check_family, has_adapter, line_up, load_once, parts_of
 from .lineup import processor_beside, processor_of, slots_by_memory, token_map_between
 from .pace import Pace
 from .sampling import Sampling, Text, settings_as_generate
 from .speculation import SpeculativeEngine
-from ..models import answer_ids
+from ..models import answer_ids, shared_with
 from ..views import parse_view, view_seed
 
 # %% ../../nbs/decode/19_decoder.ipynb #ed8597ec
@@ -36,10 +36,10 @@ class AlignedDecoder:
         reward=None, # the same, or a list of them; None: the base alone
         processor=None, # of the base; None: beside it
         ref=None, # the reward before its preference training, or a list; a PEFT reward is its own, adapter off
-        form: str | None = None, # interpolate, ratio, arm, contrast; None: ratio with a reference, else interpolate
+        form: str | None = None, # see `FORMS`; None: the recommended one, or with λ named ratio if there is a reference
         lam: float | Callable | None = None, # strength λ, or a function of a `Step`; 0 is the base alone
         bound: float | None = None, # nats: clips the guidance to ±bound
-        gate: str | Callable | None = None, # see `parse_gate`; without λ, bound and gate: `SAFE`
+        gate: str | Callable | None = None, # see `parse_gate`; without λ, bound and gate: `guidance_for` chooses them
         plausibility: float = 0., # share of the base's best token below which tokens are cut off
         weights: list[float] | None = None, # one per reward; None: equal, with sum 1
         reward_processor=None, # where the reward's differs from the base's (patches, image tokens, template)
@@ -82,20 +82,34 @@ def _modules(self: AlignedDecoder) -> list[int]:
 
 # %% ../../nbs/decode/19_decoder.ipynb #ed8597ed
 @patch
+def _usual(self: AlignedDecoder, form, weights) -> dict: # form, lam, bound, gate
+    "What holds where λ, bound and gate are not named: `OWN` for the base's own reward, else `SAFE`."
+    is_one = len(self.rewards) == 1 and weights == (1.,)
+    usual = guidance_for(shared_with(*self.rewards, self.base) if is_one else None)
+    if usual["form"] == OWN["form"] and form in (None, OWN["form"]):
+        self.references = self.references if form else [] # not needed: the reward is compared with the base itself
+        return usual
+    return SAFE | dict(form=form)
+
+@patch
 def _guidance(self: AlignedDecoder, form, lam, bound, gate, plausibility, weights) -> Guidance:
     "The equation, for these models."
-    if (lam, bound, gate) == (None, None, None):
-        bound, gate = SAFE["bound"], SAFE["gate"]
-    n, has_reference = len(self.rewards), self.references or any(map(has_adapter, self.rewards))
-    form = form or ("ratio" if has_reference else "interpolate")
+    n = len(self.rewards)
     weights = tuple(weights) if weights is not None else (1 / max(1, n),) * max(1, n)
     if n and len(weights) != n:
         raise TitaError(f"{n} rewards and {len(weights)} weights; give one weight per reward")
-    guidance = Guidance(form, SAFE["lam"] if lam is None else lam, bound, gate, plausibility, weights)
-    if self.references and not FORMS[form].reference:
-        raise TitaError(f"form {form!r} makes no use of a reference; leave ref out, or take form='ratio'")
+    how = dict(form=form, lam=SAFE["lam"] if lam is None else lam, bound=bound, gate=gate)
+    if (lam, bound, gate) == (None, None, None):
+        how = self._usual(form, weights)
+    has_reference = self.references or any(map(has_adapter, self.rewards))
+    how["form"] = how["form"] or ("ratio" if has_reference else "interpolate")
+    guidance = Guidance(**how, plausibility=plausibility, weights=weights)
+    if self.references and not FORMS[guidance.form].reference:
+        raise TitaError(f"form {guidance.form!r} makes no use of a reference; leave ref out, or take form='ratio'")
     return guidance
 
+
+# %% ../../nbs/decode/19_decoder.ipynb #ed8597f5
 @patch
 def _arrange(self: AlignedDecoder):
     "Make experts and encoders of the models as they are now."
@@ -264,12 +278,20 @@ def generate(self: AlignedDecoder,
 
 # %% ../../nbs/decode/19_decoder.ipynb #a69dbe3d
 @patch
-def alone(self: AlignedDecoder) -> AlignedDecoder: # over the same models
-    "The base without guidance."
+def under(self: AlignedDecoder,
+    **named, # fields of `Guidance`: lam, bound, gate, form, plausibility; the others stay
+) -> AlignedDecoder: # over the same models
+    "The same models under other settings. Raises `TitaError` for those that mean nothing."
     out = copy.copy(self)
-    out.guidance = Guidance(lam=0.)
+    out.guidance = replace(self.guidance, **named)
     out._arrange()
     return out
+
+@patch
+def alone(self: AlignedDecoder) -> AlignedDecoder: # over the same models
+    "The base without guidance."
+    return self.under(**vars(Guidance(lam=0.)))
+
 
 # %% ../../nbs/decode/19_decoder.ipynb #82a30a98
 @patch

@@ -20,12 +20,12 @@ from .eval_runs import take_answers, write_submission
 from .tasks import TASKS, find_tasks, include_tasks, missing_files
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900021
-def parse_lams(text: str) -> list[float]:
-    "Strengths from a list. Raises `TitaError` for what is no number."
+def parse_lams(text: str) -> list[float | None]: # None: the recommended setting
+    "Strengths from a list. Raises `TitaError` for what is neither a number nor `default`."
     try:
-        return [float(x) for x in text.split(",") if x.strip()]
+        return [None if x == "default" else float(x) for x in map(str.strip, text.split(",")) if x]
     except ValueError:
-        raise TitaError(f"--lam {text!r} is no list of numbers; write for instance 0,0.5,1") from None
+        raise TitaError(f"--lam {text!r} is no list of numbers; write for instance 0,default,0.3") from None
 
 def endpoint_system(url: str, model: str, key_env: str | None, temperature: float, suffix: str = ""):
     "A model behind an OpenAI-compatible server."
@@ -50,7 +50,7 @@ class Options:
     reward: str | None = None
     ref: str | None = None
     dpo: str | None = None # the base itself after DPO
-    lam: str = "0,0.5"
+    lam: str = "0,default"
     form: str | None = None
     bound: float | None = None
     gate: str | None = None
@@ -75,19 +75,18 @@ def first_decoder(o: Options):
     from tita.eval.evaluation import local_decoder
     if o.base and not o.reward:
         return local_decoder(o.base, device=o.device, dtype=o.dtype)
-    how = dict(form=o.form, bound=o.bound, gate=o.gate, lam=max(parse_lams(o.lam), default=0) or 1.)
+    how = dict(form=o.form, bound=o.bound, gate=o.gate)
     return load_decoder(o.base, o.reward, o.ref, device=o.device, dtype=o.dtype, **how)
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900041
-def guided(o: Options, first, lam: float):
-    "The same models at another strength."
-    from tita.decode.decoder import AlignedDecoder
-    if not lam:
-        return first.alone()
+def guided(first, lam: float | None) -> tuple: # name, decoder
+    "The same models at another strength; None: at the recommended one."
+    if lam == 0:
+        return "base", first.alone()
+    name = "aligned" if lam is None else f"λ={lam:g}"
     if not first.rewards:
-        raise TitaError(f"λ {lam:g} needs a --reward; name one, or ask the base alone with --lam 0")
-    models = first.base, first.rewards, first.processor, first.references or None
-    return AlignedDecoder(*models, form=first.guidance.form, lam=lam, bound=o.bound, gate=o.gate)
+        raise TitaError(f"{name} needs a --reward; name one, or ask the base alone with --lam 0")
+    return name, first if lam is None else first.under(lam=lam)
 
 def local_systems(o: Options):
     "The base at each λ, the reward alone, DPO of the base, baselines and searches, one after the other."
@@ -95,7 +94,7 @@ def local_systems(o: Options):
     from tita.eval.systems import decoder_system, likeliest
     first, how = first_decoder(o), dict(search=likeliest if o.likelihood else None) | o.drawn()
     for lam in parse_lams(o.lam):
-        yield decoder_system(f"λ={lam:g}" if lam else "base", guided(o, first, lam), **how)
+        yield decoder_system(*guided(first, lam), **how)
     if first.rewards:
         alone = AlignedDecoder(first.rewards[0], processor=first.reward_processor)
         yield decoder_system("reward alone", alone, **how)
@@ -185,7 +184,7 @@ Base = option(str, "base: folder or hub name [default: the embedded pair]")
 Reward = option(str, "its reward")
 Ref = option(str, "the reward before its training")
 Dpo = option(str, "the base itself after DPO, as a row to compare with")
-Lam = option(str, "strengths; 0 is the base alone")
+Lam = option(str, "strengths; 0 is the base alone, default the recommended setting")
 _Form = option(str, "interpolate, ratio or arm")
 Bound = option(float, "clip the guidance to ±bound nats")
 Gate = option(str, "agreement:0.3, entropy:0.7 or margin:1")
@@ -199,7 +198,7 @@ Sentences = option(int, "also sentence search with so many continuations")
 def run_benchmarks(
     tasks: Tasks = "world", out: Out = Path("runs/eval"), data: Data = None, include: Include = None,
     limit: Limit = None, offset: Offset = 0, parser: Parser = None, predict_only: PredictOnly = False,
-    base: Base = None, reward: Reward = None, ref: Ref = None, dpo: Dpo = None, lam: Lam = "0,0.5",
+    base: Base = None, reward: Reward = None, ref: Ref = None, dpo: Dpo = None, lam: Lam = "0,default",
     form: _Form = None, bound: Bound = None, gate: Gate = None, baselines: Baselines = "", best_of: BestOf = 0,
     sentences: Sentences = 0, model: Model = None, endpoint: Url = None, key_env: KeyEnv = None,
     temperature: Temperature = 0., repeats: Repeats = 1, seed: Seed = 0, batch: _Batch = 256,
