@@ -781,8 +781,9 @@ def test_run_notebook(tmp_path):
     said = json.loads((tmp_path/"out"/"metrics.json").read_text())
     assert {"base", "contrast 1", "ratio, bounded 1"} <= set(said["sweep"])
     assert said["sweep"]["base"]["fluency"]["value"] < 0
-    counted = sum(said["verdicts"]["safe"][v] for v in ("better", "no difference", "worse"))
-    assert counted == 10  # one base, ten metrics
+    for way in ("default", "safe"):
+        counted = sum(said["verdicts"][way][v] for v in ("better", "no difference", "worse"))
+        assert counted == 10  # one base, ten metrics
 
 
 def bench(tmp_path, *args):
