@@ -17,7 +17,7 @@ from tita.decode import engine, sampling
 from tita.decode.experts import Expert
 from tita.views import diffusion_noise
 from tita.decode.decoder import AlignedDecoder
-from tita.decode.guidance import token_rewards
+from tita.decode.guidance import OWN, SAFE, Guidance, token_rewards
 from tita.models import chat_prompt, looks_of, remember_base
 from tita.world.embedded import load_models, make_scenes, tiny_model, tiny_processor
 
@@ -723,7 +723,6 @@ def ways(*models):
 
 @pytest.mark.parametrize("reward", ["own", "weak", "foreign"])
 def test_one_default(saved, reward):
-    from tita.decode.guidance import OWN, SAFE, Guidance
     want = Guidance(**(OWN if reward == "own" else SAFE))
     assert list(ways(saved/"base", saved/reward, saved/"ref")) == [want] * 4
 
