@@ -1,6 +1,6 @@
 """Aligned decoding is exact: against transformers, against recomputation and against enumeration, whatever a row's
 neighbours, its slot and the draft are."""
-import copy, itertools, json, os, subprocess, sys, threading
+import copy, itertools, json, os, shutil, subprocess, sys, threading
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -733,6 +733,23 @@ def test_what_is_named_wins(saved):
     assert load_decoder(*pair, lam=.2).guidance == Guidance("interpolate", .2)
     assert load_decoder(*pair, form="ratio", gate="none").guidance == Guidance("ratio", 1., 1.)
     assert AlignedDecoder(pair[0], pair[1], ref=pair[2], lam=2.).guidance == Guidance("ratio", 2.)
+
+
+def test_rewards_of_the_embedded_world_are_their_bases_own():
+    pairs = [load_models(seed) for seed in range(3)]
+    for i, (base, _, processor) in enumerate(pairs):
+        for j, (_, reward, _) in enumerate(pairs):
+            want = Guidance(**OWN) if i == j else Guidance(**SAFE | dict(form="interpolate")) # no reference is given
+            assert AlignedDecoder(base, reward, processor).guidance == want, (i, j)
+
+
+@pytest.mark.slow
+def test_what_an_embedded_reward_says_of_itself_is_so(tmp_path):
+    from tita.studies.own_reward import note_agreement
+    from tita.world.embedded import world_folder
+    shutil.copytree(world_folder()/"seed0", tmp_path/"seed0")
+    noted = json.loads((tmp_path/"seed0"/"reward"/"config.json").read_text())["distilled_from"]
+    assert note_agreement(tmp_path/"seed0", seed=7, scenes=20) == pytest.approx(noted["shared"], abs=.05)
 
 
 # The command line.
