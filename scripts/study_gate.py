@@ -64,8 +64,8 @@ def report(found: dict) -> tuple: # rows, table
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seed", type=int, nargs="*", default=[0, 1])
-    p.add_argument("--pairs", type=int, default=400, help="unlabelled scenes for preference pairs")
-    p.add_argument("--scenes", type=int, default=300, help="validation scenes of a seed")
+    p.add_argument("--pairs", type=int, default=300, help="unlabelled scenes for preference pairs")
+    p.add_argument("--scenes", type=int, default=250, help="validation scenes of a seed")
     p.add_argument("--rivals", nargs="*", default=["weak"], help="rewards to train beside the own one")
     p.add_argument("--runs", type=Path, default=world.ROOT/"runs"/"study_gate")
     p.add_argument("--out", type=Path, default=world.ROOT/"results")
