@@ -4,6 +4,7 @@
     python scripts/build_world.py                 seeds 0, 1 and 2, one after the other
     python scripts/build_world.py --seed 1        one of them
     python scripts/build_world.py --out FOLDER    somewhere else (TITA_WORLD=FOLDER makes the package use it)
+    python scripts/build_world.py --agreement     train nothing: measure anew how far rewards and bases agree
 """
 import argparse
 import shutil
@@ -17,7 +18,14 @@ def main():
     p.add_argument("--out", default=str(Path(__file__).parent.parent/"data"/"world"))
     p.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves its default")
     p.add_argument("--overwrite", action="store_true")
+    p.add_argument("--agreement", action="store_true", help="measure stored rewards")
     args = p.parse_args()
+    if args.agreement:
+        from tita.studies.own_reward import note_agreement
+        for seed in args.seed:
+            shared = note_agreement(Path(args.out)/f"seed{seed}", seed)
+            print(f"seed {seed}: the reward shares {shared:.3f} of its base's probability")
+        return
     for seed in args.seed:
         folder = Path(args.out)/f"seed{seed}"
         if folder.exists() and not (folder/"part.json").exists():  # a part is continued

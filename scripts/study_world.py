@@ -17,10 +17,11 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 from tita.core import TitaError, cli, progress, run_info, set_seed, write_json, write_text
+from tita.decode.guidance import ALIKE
 from tita.eval.metrics import METRICS, bootstrap, verdict_of
 from tita.models import load_vlm
 from tita.studies import rivals
-from tita.studies.own_reward import ALIKE, own_reward, shared_mass, teacher_answers
+from tita.studies.own_reward import own_reward, shared_mass, teacher_answers
 from tita.studies.rivals import Rival
 from tita.studies.stages import Asker, dpo_settings, further_rows, preference_pairs, probe_rows
 from tita.train.recipes import train_dpo
@@ -243,7 +244,7 @@ with the fewest harms, the cheapest one whose gain is within {close} points of t
 {table}
 
 How much probability each reward, before DPO, shares with the base on validation images (from {open} on \
-`own_reward.guidance_for` takes it for the base's own): {masses}.
+`guidance.guidance_for` takes it for the base's own): {masses}.
 
 Commit {commit:.12}, {cpus} cores of {system}.
 """

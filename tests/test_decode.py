@@ -1,6 +1,6 @@
 """Aligned decoding is exact: against transformers, against recomputation and against enumeration, whatever a row's
 neighbours, its slot and the draft are."""
-import copy, itertools, json, os, subprocess, sys, threading
+import copy, itertools, json, os, shutil, subprocess, sys, threading
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,8 +17,8 @@ from tita.decode import engine, sampling
 from tita.decode.experts import Expert
 from tita.views import diffusion_noise
 from tita.decode.decoder import AlignedDecoder
-from tita.decode.guidance import token_rewards
-from tita.models import chat_prompt
+from tita.decode.guidance import OWN, SAFE, Guidance, token_rewards
+from tita.models import chat_prompt, looks_of, remember_base
 from tita.world.embedded import load_models, make_scenes, tiny_model, tiny_processor
 
 torch.set_num_threads(1)
@@ -695,10 +695,61 @@ def test_an_adapter_that_is_put_on_later():
     assert now == own_answer(base, max_new_tokens=6) != before
 
 
-def test_one_default():
-    from tita.decode.guidance import SAFE
-    g = AlignedDecoder(BASE, REWARD, PROCESSOR, REF).guidance
-    assert {k: getattr(g, k) for k in SAFE} == SAFE
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    "A base, its own reward, a weak one, and one that says nothing of its base, in folders."
+    folder = tmp_path_factory.mktemp("pairs")
+    rewards = dict(own=copy.deepcopy(REWARD), weak=copy.deepcopy(REWARD), foreign=copy.deepcopy(REWARD))
+    remember_base(rewards["own"], looks_of(BASE), .9, 50)
+    remember_base(rewards["weak"], looks_of(BASE), .6, 50)
+    remember_base(rewards["foreign"], looks_of(REF), .9, 50)
+    for name, model in dict(base=BASE, ref=REF, **rewards).items():
+        model.save_pretrained(folder/name)
+    PROCESSOR.save_pretrained(folder/"base")
+    return folder
+
+
+def ways(*models):
+    "The guidance that a decoder gets where nothing is named: in Python, and from what the commands call."
+    from tita.decode.ask import load_decoder # tita-ask, tita-serve, lmms-eval
+    from tita.eval.eval_cli import Options, first_decoder # tita-eval
+    from tita.eval.evaluation import local_decoder # tita-bench
+    base, reward, ref = map(str, models)
+    yield AlignedDecoder(base, reward, ref=ref).guidance
+    yield load_decoder(base, reward, ref).guidance
+    yield first_decoder(Options(base, reward, ref)).guidance
+    yield local_decoder(base, reward, ref).guidance
+
+
+@pytest.mark.parametrize("reward", ["own", "weak", "foreign"])
+def test_one_default(saved, reward):
+    want = Guidance(**(OWN if reward == "own" else SAFE))
+    assert list(ways(saved/"base", saved/reward, saved/"ref")) == [want] * 4
+
+
+def test_what_is_named_wins(saved):
+    from tita.decode.ask import load_decoder
+    pair = str(saved/"base"), str(saved/"own"), str(saved/"ref")
+    assert load_decoder(*pair, lam=.2).guidance == Guidance("interpolate", .2)
+    assert load_decoder(*pair, form="ratio", gate="none").guidance == Guidance("ratio", 1., 1.)
+    assert AlignedDecoder(pair[0], pair[1], ref=pair[2], lam=2.).guidance == Guidance("ratio", 2.)
+
+
+def test_rewards_of_the_embedded_world_are_their_bases_own():
+    pairs = [load_models(seed) for seed in range(3)]
+    for i, (base, _, processor) in enumerate(pairs):
+        for j, (_, reward, _) in enumerate(pairs):
+            want = Guidance(**OWN) if i == j else Guidance(**SAFE | dict(form="interpolate")) # no reference is given
+            assert AlignedDecoder(base, reward, processor).guidance == want, (i, j)
+
+
+@pytest.mark.slow
+def test_what_an_embedded_reward_says_of_itself_is_so(tmp_path):
+    from tita.studies.own_reward import note_agreement
+    from tita.world.embedded import world_folder
+    shutil.copytree(world_folder()/"seed0", tmp_path/"seed0")
+    noted = json.loads((tmp_path/"seed0"/"reward"/"config.json").read_text())["distilled_from"]
+    assert note_agreement(tmp_path/"seed0", seed=7, scenes=20) == pytest.approx(noted["shared"], abs=.05)
 
 
 # The command line.
@@ -746,8 +797,9 @@ def test_run_notebook(tmp_path):
     said = json.loads((tmp_path/"out"/"metrics.json").read_text())
     assert {"base", "contrast 1", "ratio, bounded 1"} <= set(said["sweep"])
     assert said["sweep"]["base"]["fluency"]["value"] < 0
-    counted = sum(said["verdicts"]["safe"][v] for v in ("better", "no difference", "worse"))
-    assert counted == 10  # one base, ten metrics
+    for way in ("default", "safe"):
+        counted = sum(said["verdicts"][way][v] for v in ("better", "no difference", "worse"))
+        assert counted == 10  # one base, ten metrics
 
 
 def bench(tmp_path, *args):

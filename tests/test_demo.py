@@ -50,6 +50,8 @@ def test_other_models_on_photographs(mine, tmp_path):
     assert {"base", "reward", "base_dpo", "ratio", "bounded", "vcd"} <= set(metrics["systems"])
     assert 0 <= metrics["shared"] <= 1 and metrics["guidance"]["form"] in ("ratio", "interpolate")
     assert json.loads((tmp_path/"run"/"before"/"metrics.json").read_text())["method"] == "distill"
+    noted = json.loads((tmp_path/"run"/"reward"/"config.json").read_text())["distilled_from"]
+    assert noted["shared"] == round(metrics["shared"], 4) and noted["images"] > 0
     assert metrics["systems"]["base"]["pope_random_accuracy"]["value"] is not None
     assert "<img src='data:image/" in (tmp_path/"run"/"report.html").read_text()
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Include', 'parse_lams', 'endpoint_system', 'Options', 'first_decoder', 'guided', 'local_systems',
-           'more_systems', 'model_alone', 'who_answers', 'judge_of', 'check_run', 'list_command', 'run_benchmarks',
-           'score_command', 'about_judge', 'gather', 'compare_command', 'published_command', 'submit_command', 'main']
+           'more_systems', 'model_alone', 'who_answers', 'check_run', 'list_command', 'run_benchmarks', 'score_command',
+           'gather', 'compare_command', 'published_command', 'submit_command', 'main']
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900003
 from collections.abc import Mapping, Sequence
@@ -20,18 +20,17 @@ from .eval_runs import take_answers, write_submission
 from .tasks import TASKS, find_tasks, include_tasks, missing_files
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900021
-def parse_lams(text: str) -> list[float]:
-    "Strengths from a list. Raises `TitaError` for what is no number."
+def parse_lams(text: str) -> list[float | None]: # None: the recommended setting
+    "Strengths from a list. Raises `TitaError` for what is neither a number nor `default`."
     try:
-        return [float(x) for x in text.split(",") if x.strip()]
+        return [None if x == "default" else float(x) for x in map(str.strip, text.split(",")) if x]
     except ValueError:
-        raise TitaError(f"--lam {text!r} is no list of numbers; write for instance 0,0.5,1") from None
+        raise TitaError(f"--lam {text!r} is no list of numbers; write for instance 0,default,0.3") from None
 
 def endpoint_system(url: str, model: str, key_env: str | None, temperature: float, suffix: str = ""):
     "A model behind an OpenAI-compatible server."
     from tita.api.client import EndpointAnswerer, Settings
     from tita.api.endpoints import any_endpoint
-    from tita.eval.judging import HeldBack
     from tita.eval.systems import System
     class Shown(EndpointAnswerer):
         def picture(self, row):
@@ -39,8 +38,7 @@ def endpoint_system(url: str, model: str, key_env: str | None, temperature: floa
     endpoint = any_endpoint(url, model, key_env=key_env, needs_key=False)
     def answers(rows, max_new_tokens):
         settings = Settings(max_tokens=max_new_tokens, temperature=temperature, suffix=suffix, stream=False)
-        held = HeldBack(rows, endpoint.concurrency or 8)
-        yield from held.settle(Shown(endpoint, settings=settings).answers(held))
+        yield from Shown(endpoint, settings=settings).answers(rows)
     about = dict(endpoint=endpoint.base_url, model=model, temperature=temperature, suffix=suffix)
     return System(model, answers, about)
 
@@ -52,7 +50,7 @@ class Options:
     reward: str | None = None
     ref: str | None = None
     dpo: str | None = None # the base itself after DPO
-    lam: str = "0,0.5"
+    lam: str = "0,default"
     form: str | None = None
     bound: float | None = None
     gate: str | None = None
@@ -77,19 +75,18 @@ def first_decoder(o: Options):
     from tita.eval.evaluation import local_decoder
     if o.base and not o.reward:
         return local_decoder(o.base, device=o.device, dtype=o.dtype)
-    how = dict(form=o.form, bound=o.bound, gate=o.gate, lam=max(parse_lams(o.lam), default=0) or 1.)
+    how = dict(form=o.form, bound=o.bound, gate=o.gate)
     return load_decoder(o.base, o.reward, o.ref, device=o.device, dtype=o.dtype, **how)
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900041
-def guided(o: Options, first, lam: float):
-    "The same models at another strength."
-    from tita.decode.decoder import AlignedDecoder
-    if not lam:
-        return first.alone()
+def guided(first, lam: float | None) -> tuple: # name, decoder
+    "The same models at another strength; None: at the recommended one."
+    if lam == 0:
+        return "base", first.alone()
+    name = "aligned" if lam is None else f"λ={lam:g}"
     if not first.rewards:
-        raise TitaError(f"λ {lam:g} needs a --reward; name one, or ask the base alone with --lam 0")
-    models = first.base, first.rewards, first.processor, first.references or None
-    return AlignedDecoder(*models, form=first.guidance.form, lam=lam, bound=o.bound, gate=o.gate)
+        raise TitaError(f"{name} needs a --reward; name one, or ask the base alone with --lam 0")
+    return name, first if lam is None else first.under(lam=lam)
 
 def local_systems(o: Options):
     "The base at each λ, the reward alone, DPO of the base, baselines and searches, one after the other."
@@ -97,7 +94,7 @@ def local_systems(o: Options):
     from tita.eval.systems import decoder_system, likeliest
     first, how = first_decoder(o), dict(search=likeliest if o.likelihood else None) | o.drawn()
     for lam in parse_lams(o.lam):
-        yield decoder_system(f"λ={lam:g}" if lam else "base", guided(o, first, lam), **how)
+        yield decoder_system(*guided(first, lam), **how)
     if first.rewards:
         alone = AlignedDecoder(first.rewards[0], processor=first.reward_processor)
         yield decoder_system("reward alone", alone, **how)
@@ -131,13 +128,6 @@ def who_answers(o: Options, model: str | None, endpoint: str | None, key_env: st
     return model_alone(o, model) if model else local_systems(o)
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900027
-def judge_of(url: str | None, model: str | None, key_env: str | None, passes: int):
-    "The judge that the options name, if they do. Raises `TitaError` for half of one."
-    from tita.eval.judging import judge_at
-    if bool(url) != bool(model):
-        raise TitaError("a judge is a server and a model there; name both, --judge URL and --judge-model ID")
-    return judge_at(url, model, key_env, passes) if url else None
-
 def check_run(parser, tasks, repeats, temperature, pair, model, endpoint):
     "Is it clear what is meant? Raises `TitaError`."
     if parser and not any(parser in t.parsers for t in tasks):
@@ -194,16 +184,12 @@ Base = option(str, "base: folder or hub name [default: the embedded pair]")
 Reward = option(str, "its reward")
 Ref = option(str, "the reward before its training")
 Dpo = option(str, "the base itself after DPO, as a row to compare with")
-Lam = option(str, "strengths; 0 is the base alone")
+Lam = option(str, "strengths; 0 is the base alone, default the recommended setting")
 _Form = option(str, "interpolate, ratio or arm")
 Bound = option(float, "clip the guidance to ±bound nats")
 Gate = option(str, "agreement:0.3, entropy:0.7 or margin:1")
 Baselines = option(str, "vcd, icd, m3id, pai, image_cfg, blur_cfg: further rows")
 BestOf = option(int, "also the best of so many answers by the reward", "--best-of")
-JudgeUrl = option(str, "who reads open answers: an OpenAI-compatible server, http://HOST:PORT/v1", "--judge")
-JudgeModel = option(str, "the judge's id there")
-JudgeKeyEnv = option(str, "environment variable that holds the judge's key")
-Passes = option(int, "times that a judge is asked each thing", min=1)
 Sentences = option(int, "also sentence search with so many continuations")
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900046
@@ -212,12 +198,11 @@ Sentences = option(int, "also sentence search with so many continuations")
 def run_benchmarks(
     tasks: Tasks = "world", out: Out = Path("runs/eval"), data: Data = None, include: Include = None,
     limit: Limit = None, offset: Offset = 0, parser: Parser = None, predict_only: PredictOnly = False,
-    base: Base = None, reward: Reward = None, ref: Ref = None, dpo: Dpo = None, lam: Lam = "0,0.5",
+    base: Base = None, reward: Reward = None, ref: Ref = None, dpo: Dpo = None, lam: Lam = "0,default",
     form: _Form = None, bound: Bound = None, gate: Gate = None, baselines: Baselines = "", best_of: BestOf = 0,
     sentences: Sentences = 0, model: Model = None, endpoint: Url = None, key_env: KeyEnv = None,
     temperature: Temperature = 0., repeats: Repeats = 1, seed: Seed = 0, batch: _Batch = 256,
-    device: Device = None, dtype: Dtype = "auto", judge: JudgeUrl = None, judge_model: JudgeModel = None,
-    judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY", passes: Passes = 2,
+    device: Device = None, dtype: Dtype = "auto",
 ):
     "Ask and score. The same command again asks only what is missing."
     include_tasks(include) if include else None
@@ -225,10 +210,9 @@ def run_benchmarks(
     check_run(parser, chosen, repeats, temperature, base or reward, model, endpoint)
     options = Options(base, reward, ref, dpo, lam, form, bound, gate, baselines, best_of, sentences,
         parser == "likelihood", temperature, seed, batch, device, dtype)
-    reads = judge_of(judge, judge_model, judge_key_env, passes)
     systems = who_answers(options, model, endpoint, key_env)
     run = Run(out, data, limit, offset, parser, Plan(seed, repeats, batch))
-    results = run_tasks(run, chosen, systems, predict_only, reads)
+    results = run_tasks(run, chosen, systems, predict_only)
     print("\n".join(results_lines(results)))
     print(f"next: tita-eval {'score' if predict_only else 'compare'} {out}")
 
@@ -240,18 +224,16 @@ def score_command(
     task: option(str, "with --answers: the task that they answer") = None,
     answers: option(Path, "answers that were made elsewhere: JSON Lines with question_id and answer or text") = None,
     name: option(str, "with --answers: what their system is called") = "answers",
-    data: Data = None, limit: Limit = None, offset: Offset = 0, include: Include = None, judge: JudgeUrl = None,
-    judge_model: JudgeModel = None, judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY", passes: Passes = 2,
+    data: Data = None, limit: Limit = None, offset: Offset = 0, include: Include = None,
 ):
-    "Score a run again, offline or by a judge, or score answers from elsewhere as a run."
+    "Score a run again, offline, or score answers from elsewhere as a run."
     include_tasks(include) if include else None
     if answers:
         named = find_tasks(task or "")
         if len(named) != 1:
             raise TitaError("--answers are to one task; name it with --task")
         take_answers(Run(run, data, limit, offset, parser), named[0], answers, name)
-    reads = judge_of(judge, judge_model, judge_key_env, passes)
-    print("\n".join(results_lines(score_run(run, parser, reads, data))))
+    print("\n".join(results_lines(score_run(run, parser))))
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900030
 def _same_task(out: Path, task: str, about: Mapping, other: Mapping):
@@ -259,16 +241,7 @@ def _same_task(out: Path, task: str, about: Mapping, other: Mapping):
         if about[key] != other[key]:
             raise TitaError(f"{out}: {task} was scored with {key} {about[key]}, elsewhere with {other[key]}; "
                 f"{'run both anew' if key == 'version' else 'score both in one way: tita-eval score RUN --parser'}")
-    one, two = (about_judge(a.get("judge")) for a in (about, other))
-    if one != two:
-        raise TitaError(f"{out}: {task} was judged by {one}, elsewhere by {two}; let one judge read both: tita-eval "
-            "score RUN --judge URL --judge-model ID")
 
-def about_judge(judge: Mapping | None) -> str:
-    "What has to be the same for two figures to be compared."
-    return f"{judge['model']} in words of {judge['wording']} ({judge['prompts']})" if judge else "nobody"
-
-# %% ../../nbs/eval/69_eval_cli.ipynb #e6900061
 def gather(runs: Sequence[Path]) -> tuple[dict, dict, list]: # systems -> task -> rows; tasks; image folders
     "All systems of several runs. One that two runs have is called after its run, too."
     read = {r: read_run(r) for r in runs}

@@ -282,7 +282,7 @@ def make_systems(
     m: Material, # models and processor
     reward, # after DPO
     trained, # the base itself after DPO on the same pairs, or None
-    guidance: dict, # of `own_reward.guidance_for`
+    guidance: dict, # of `guidance.guidance_for`
 ) -> dict: # name -> function that makes the decoder
     "The systems of the report."
     from tita.decode.decoder import AlignedDecoder

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..views import diffusion_noise
 from ..core import TitaError, progress, run_info, write_json, write_text
 from ..models import answer_ids, chat_prompt, load_vlm, prompt_ids
-from .own_reward import own_reward, teacher_answers
+from .own_reward import note_agreement, own_reward, teacher_answers
 from .stages import further_rows, probe_rows
 from ..train.trees import token_tree, tree_logits
 from ..world.embedded import (ASK, CELL, COLORS, COUNTS, GROUND, LETTERS, OBJECTS, SIZE, THEMES, WORDS, caption,
@@ -326,6 +326,7 @@ def build(
     card, base, start = json.loads(part.read_text()), load_vlm(out/"base", device="cpu"), time.time()
     reward, near = _build_reward(base, seed, out/"making")
     save_model(reward, out/"reward", out/"tower.safetensors")
+    note_agreement(out, seed)
     models, valid = dict(base=base, reward=reward), make_scenes(500, seed + 500, "valid")
     x = pixels([s.image for s in valid])
     card["seconds"] = card["seconds"] and round(card["seconds"] + time.time() - start)

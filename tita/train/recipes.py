@@ -6,10 +6,12 @@
 __all__ = ['TRAININGS', 'train_dpo', 'train_sft', 'train_distill', 'read_settings', 'parse', 'run', 'main']
 
 # %% ../../nbs/train/55_recipes.ipynb #bf76b496
-import contextlib, difflib, os, sys, time
+import contextlib, difflib, json, os, sys, time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from ..core import TitaError, cli, image_path, read_jsonl, seed_for
+from ..core import TitaError, cli, image_path, read_jsonl, seed_for, write_json
+from ..models import looks_of, remember_base
 from . import training_runs as runs
 from .training_rows import check_row_images, first_process, training_rows
 
@@ -20,6 +22,8 @@ def _train_on(trainer_class, method, parts: dict, rows, held_out, args, resume, 
     out = runs.claim_run(args.output_dir, args, runs.data_hash(rows), resume, overwrite)
     if resume and (out/"metrics.json").exists():
         return runs.load_run(parts["model"], out)
+    if method == "sft":
+        vars(parts["model"].config).pop("distilled_from", None) # whatever it learns now, it was not its base's
     build = lambda: trainer_class(args=args, train_dataset=rows, eval_dataset=held_out, **parts)
     processor, sources = parts["processing_class"], runs.sources_of(rows)
     trained, metrics = runs.run_trainer(build, out, processor, method, sources, len(rows), resume, callbacks)
@@ -83,6 +87,7 @@ def _record(base, encoded, store, folder, made_of: dict):
     recorded = TeacherStore(folder, made_of, len(encoded))
     if recorded.missing() and first_process():
         model = base if hasattr(base, "config") else base()
+        write_json(Path(folder)/"base.json", looks_of(model))
         record_teacher(model, encoded, store, recorded, made_of["k"])
     while recorded.missing():
         time.sleep(1)
@@ -106,6 +111,20 @@ def _distill_data(model, processor, rows, args):
     encoded, _ = fit_rows(encode_rows(rows, store, ("answer",)), store, limit, args.too_long, ("answer",))
     return store, encoded
 
+def _seen_base(folder: Path) -> dict: # of `looks_of`; empty where the log-probabilities are older than the note
+    note = folder/"base.json"
+    return json.loads(note.read_text()) if note.exists() else {}
+
+def _measured(trainer, test, base: dict) -> dict:
+    "How near the student is to its base; it is noted in the student's configuration."
+    from tita.train.distill import closeness
+    near = closeness(trainer, test)
+    if base:
+        images = len({n for row in test for n in row["image_ids"]})
+        remember_base(trainer.model, base, near["acceptance"], images)
+    return near
+
+
 # %% ../../nbs/train/55_recipes.ipynb #55d0a00b
 def train_distill(
     base, # the teacher; or a function that loads it, called only if its log-probabilities are not all on disk
@@ -117,7 +136,7 @@ def train_distill(
     **config, # fields of DistillConfig
 ): # the trained model, and the history
     "Bring the student near the base on what the base itself says. Reports KL and acceptance before and after."
-    from tita.train.distill import DistillConfig, DistillTrainer, closeness
+    from tita.train.distill import DistillConfig, DistillTrainer
     args = args or runs.configure(output_dir, DistillConfig, **config)
     found, rows = _answer_rows(answers, images)
     made_of = dict(teacher=teacher, k=args.top_k, data=runs.data_hash(found))
@@ -128,7 +147,7 @@ def train_distill(
     recorded = _record(base, encoded, store, out/"teacher", made_of)
     train, test = _parted(encoded, args.held_out)
     build = lambda: DistillTrainer(model, args, train, processor, recorded, store)
-    measure = (lambda trainer: closeness(trainer, test)) if len(test) else None
+    measure = partial(_measured, test=test, base=_seen_base(out/"teacher")) if len(test) else None
     told, n = {teacher: len(rows)}, len(rows)
     trained, metrics = runs.run_trainer(build, out, processor, "distill", told, n, resume, callbacks, measure)
     return trained, metrics["history"]
