@@ -119,6 +119,26 @@ def test_what_a_request_may_say(plain):
     assert [m.id for m in client.models.list()] == ["tita", "tita-base", "tita-reward"]
 
 
+def test_usage_with_every_piece(plain):
+    "`continuous_usage_stats`, as load generators ask for it: counts that grow to those of the end."
+    client, _ = plain
+    options = dict(include_usage=True, continuous_usage_stats=True)
+    parts = list(ask(client, stream=True, stream_options=options))
+    counts = [p.usage.completion_tokens for p in parts]
+    assert counts == sorted(counts) and len(set(counts)) > 5 and counts[-1] == len(own(SCENES[0]).tokens)
+    assert all(p.usage.total_tokens == p.usage.prompt_tokens + p.usage.completion_tokens for p in parts)
+    assert len({p.usage.prompt_tokens for p in parts[1:]}) == 1 and parts[-1].choices == []
+    quiet = list(ask(client, stream=True, stream_options=dict(include_usage=True)))
+    assert [p.usage for p in quiet[:-1]] == [None] * (len(quiet) - 1)
+
+
+def test_a_draft_is_the_servers(plain):
+    client, _ = plain
+    assert ask(client, **steer(draft=0)).choices[0].message.content == own(SCENES[0]).text
+    with pytest.raises(openai.BadRequestError, match="leave it out, the answer is the same"):
+        ask(client, **steer(draft=4))
+
+
 def test_text_alone_turns_and_several_images(plain):
     client, loop = plain
     how = dict(model="tita", max_tokens=8, temperature=0)
