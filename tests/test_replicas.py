@@ -130,7 +130,8 @@ def run_on_ray(out: Path):
     while any(v["tita:num_requests_running"] for v in counted(handle).values()):
         time.sleep(.1)
     root = f"http://127.0.0.1:{PORT}"
-    damaged, health = httpx.post(f"{root}/v1/chat/completions", content=b"{oops"), httpx.get(f"{root}/health")
+    damaged = httpx.post(f"{root}/v1/chat/completions", content=b"{oops")
+    health = httpx.get(f"{root}/health")
     status = [damaged.status_code, health.status_code]
     told = dict(said=said, alone=alone, streamed=streamed, warm=warm, images=len(scenes), status=status)
     out.write_text(json.dumps(told))
