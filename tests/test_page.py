@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import pytest
 
@@ -211,6 +211,9 @@ def test_what_people_say_is_no_html(chromium):
         ask(page, odd)
         answers(page)
         assert page.locator(".tita-turn h2").text_content() == odd
+        page.goto(f"{url}?{urlencode(dict(q='a', lam=odd))}")
+        page.get_by_text("the link is damaged").wait_for()
+        page.wait_for_timeout(200)
         assert page.evaluate("window.was_run") is None
 
 

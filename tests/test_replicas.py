@@ -119,7 +119,8 @@ def run_on_ray(out: Path):
     def ask(scene, question, **how):
         image = dict(type="image_url", image_url=dict(url=data_url(scene.image)))
         messages = [dict(role="user", content=[image, dict(type="text", text=question)])]
-        return client.chat.completions.create(model="tita", messages=messages, temperature=0, **dict(max_tokens=16) | how)
+        how = dict(model="tita", max_tokens=16, temperature=0) | how
+        return client.chat.completions.create(messages=messages, **how)
     said = [ask(*a).choices[0].message.content for a in asked]
     hits, queries = "tita:image_cache_hits_total", "tita:image_cache_queries_total"
     warm = [(v[hits], v[queries]) for v in counted(handle).values()]

@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl, urlencode
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 from fastcore.basics import patch
+from markupsafe import escape
 from pydantic import ValidationError
 from ..core import TitaError, data_url
 from .app import Exchange, Service
@@ -376,9 +377,8 @@ def _conversation(self: Page) -> SimpleNamespace:
 @patch
 async def on_ask(self: Page, question: str, picture: str | None, turns: list, here: str, *setting):
     "A new question: conversation, turns, the empty field, link, curl, Python."
-    import gradio as gr
     if not question.strip():
-        raise gr.Error("there is no question; ask something", print_exception=False)
+        _refuse("there is no question; ask something")
     turns = [*turns, Turn(question.strip(), Setting(*setting))]
     async for update in self._updates(turns, picture, here):
         yield update
@@ -409,7 +409,7 @@ async def on_load(self: Page, search: str, here: str):
         url = self.pictures.find(picture)
         shown = [url and await load_image(url, self.service.limits), picture]
     except ApiError as e:
-        raise gr.Error(e.error["message"], print_exception=False) from None
+        _refuse(e.error["message"])
     last = asdict(asked[-1].setting) if asked else {}
     first = [*shown, *[gr.skip() if last.get(k) is None else last[k] for k in NAMES]]
     skip, turns = [gr.skip()] * 7, []
@@ -422,14 +422,18 @@ async def on_load(self: Page, search: str, here: str):
             first = skip
 
 # %% ../../nbs/serve/79_page.ipynb #79b00055
+def _refuse(why: str):
+    "Tell it in a corner of the page, whose messages are HTML."
+    import gradio as gr
+    raise gr.Error(str(escape(why)), print_exception=False)
+
 @patch
 async def on_image(self: Page, path: str | None):
     "An image came or went: its name; the conversation about the other one is over."
-    import gradio as gr
     try:
         return (await self.keep(path) if path else None), [], talk_html([])
     except ApiError as e:
-        raise gr.Error(e.error["message"], print_exception=False) from None
+        _refuse(e.error["message"])
 
 # %% ../../nbs/serve/79_page.ipynb #79b00048
 @patch
