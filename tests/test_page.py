@@ -84,10 +84,10 @@ def opened(browser, url, **how):
     "A page that says nothing wrong and asks nobody else."
     with browser.new_context(**how) as context:
         page, wrong = context.new_page(), []
-        page.set_default_timeout(120_000)
-        page.on("console", lambda m: wrong.append(m.text) if m.type in ("error",) else None)
+        page.set_default_timeout(60_000)
+        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda e: wrong.append(str(e)))
-        page.on("requestfailed", lambda r: wrong.append(f"{r.url} {r.failure}") if "queue" not in r.url else None)
+        page.on("requestfailed", lambda r: wrong.append(f"{r.url} {r.failure}") if "ABORTED" not in r.failure else None)
         page.on("request", lambda r: wrong.append(r.url) if is_elsewhere(r.url, url) else None)
         page.goto(url)
         page.wait_for_selector("#question textarea")

@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qsl, urlencode
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from fastapi.responses import RedirectResponse
 from fastcore.basics import patch
 from markupsafe import escape
@@ -282,7 +282,7 @@ class Page:
     "The page of a service. `examples` are names and Pillow images."
     every = .1 # seconds from one picture of a growing answer to the next, at least
     def __init__(self, service: Service, examples: dict = {}, has_keys: bool = False):
-        self.service, self.has_keys = service, has_keys
+        self.service, self.has_keys, self.examples = service, has_keys, examples
         self.models = [f"{service.name}-base", service.name]
         self.pictures = Album({name: data_url(image) for name, image in examples.items()})
 
@@ -348,10 +348,10 @@ def _images(self: Page) -> tuple:
     "Where an image is dropped, and the examples."
     import gradio as gr
     image = gr.Image(type="filepath", image_mode=None, format="png", sources=["upload", "clipboard"], height=260,
-        label="image", elem_id="image", elem_classes="tita-image", buttons=[])
+        label="the image to ask about", elem_id="image", elem_classes="tita-image", buttons=[])
     gallery = None
-    if self.pictures.examples:
-        gallery = gr.Gallery(list(self.pictures.examples.values()), columns=4, height="auto", format="png",
+    if self.examples:
+        gallery = gr.Gallery(list(self.examples.values()), columns=4, height="auto", format="png",
             label="examples", allow_preview=False, interactive=False, elem_classes="tita-examples", buttons=[])
     return image, gallery
 
@@ -411,7 +411,8 @@ async def on_load(self: Page, search: str, here: str):
     except ApiError as e:
         _refuse(e.error["message"])
     last = asdict(asked[-1].setting) if asked else {}
-    first = [*shown, *[gr.skip() if last.get(k) is None else last[k] for k in NAMES]]
+    first = [*shown] if picture else [gr.skip()] * 2
+    first += [gr.skip() if last.get(k) is None else last[k] for k in NAMES]
     skip, turns = [gr.skip()] * 7, []
     if not asked:
         yield *first, *[gr.skip()] * 6
@@ -463,8 +464,8 @@ def _taker(self: Page):
     "Who takes an example: Gradio looks at the type of the parameter."
     import gradio as gr
     async def take_example(event: gr.SelectData):
-        name = list(self.pictures.examples)[event.index]
-        return await load_image(self.pictures.find(name), self.service.limits), name, [], talk_html([])
+        name = list(self.examples)[event.index]
+        return self.examples[name], name, [], talk_html([])
     return take_example
 
 # %% ../../nbs/serve/79_page.ipynb #79b00049
@@ -514,3 +515,6 @@ def mount_page(
     @app.get("/", include_in_schema=False)
     async def root():
         return RedirectResponse("/page/")
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon():
+        return Response(look("icon.svg"), media_type="image/svg+xml")
