@@ -103,6 +103,7 @@ def counted(handle) -> dict:
 
 
 def run_on_ray(out: Path):
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300") # other work on this machine
     import openai
     import ray
     from ray import serve

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SMALL', 'PYTHON', 'Setting', 'Heard', 'Turn', 'bodies_of', 'word_of', 'answers_of', 'talk_html', 'Album',
-           'link_to', 'read_link', 'as_curl', 'as_python', 'Page', 'mount_page']
+           'link_to', 'read_link', 'as_curl', 'as_python', 'Page', 'Latest', 'mount_page']
 
 # %% ../../nbs/serve/79_page.ipynb #79b00004
-import asyncio, functools, hashlib, json, math, shlex, time
+import asyncio, contextlib, functools, hashlib, json, math, shlex, time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
@@ -142,7 +142,8 @@ def _color(reward: float, limit: float) -> str:
     return ",".join(map(str, reward_rgba(reward, limit)))
 
 def _shown_answer(title: str, said: Heard, limit: float) -> dict:
-    words = [w | dict(nats=_nats(w["reward"]), color=_color(w["reward"], limit)) for w in said.words]
+    words = [w | dict(nats=_nats(w["reward"]), color=_color(w["reward"], limit), word=w["text"].lstrip(),
+        before=w["text"][:len(w["text"]) - len(w["text"].lstrip())]) for w in said.words]
     total = _nats(sum(w["reward"] for w in said.words))
     return dict(title=title, words=words, total=total, error=said.error, is_over=said.is_over)
 
@@ -162,7 +163,7 @@ def talk_html(
         answers=[_shown_answer(m, s, limit) for m, s in t.said.items()]) for t in turns]
     ends = (-limit, limit)
     clear = [f"rgba({_color(r, limit).rpartition(',')[0]},0)" for r in ends]
-    scale = f"rgba({_color(-limit, limit)}), {clear[0]}, {clear[1]}, rgba({_color(limit, limit)})"
+    scale = f"rgba({_color(-limit, limit)}), {clear[0]} 50%, {clear[1]} 50%, rgba({_color(limit, limit)})"
     return _template().render(turns=shown, limit=f"{limit:.1f}", scale=scale)
 
 # %% ../../nbs/serve/79_page.ipynb #79b00026
@@ -289,7 +290,8 @@ class Page:
     async def ask_last(self, turns: list[Turn], picture: str | None) -> AsyncIterator[str]:
         "Ask the last turn; the conversation's HTML as it grows."
         said = turns[-1].said = {m: Heard() for m in self.models}
-        last = 0.
+        last = time.monotonic()
+        yield talk_html(turns)
         try:
             bodies = bodies_of(turns, self.pictures.find(picture), self.models)
             async for model, news in answers_of(self.service, bodies):
@@ -348,10 +350,10 @@ def _images(self: Page) -> tuple:
     "Where an image is dropped, and the examples."
     import gradio as gr
     image = gr.Image(type="filepath", image_mode=None, format="png", sources=["upload", "clipboard"], height=260,
-        label="the image to ask about", elem_id="image", elem_classes="tita-image", buttons=[])
+        label="the image to ask about", show_label=False, elem_id="image", elem_classes="tita-image", buttons=[])
     gallery = None
     if self.examples:
-        gallery = gr.Gallery(list(self.examples.values()), columns=4, height="auto", format="png",
+        gallery = gr.Gallery(list(self.examples.values()), columns=4, height="auto", format="png", show_label=False,
             label="examples", allow_preview=False, interactive=False, elem_classes="tita-examples", buttons=[])
     return image, gallery
 
@@ -368,40 +370,54 @@ def _conversation(self: Page) -> SimpleNamespace:
         w.anew = gr.Button("New", scale=1, min_width=80, elem_id="anew")
     with gr.Accordion("The same again: link, curl, Python", open=False):
         w.link = gr.Textbox(label="link", interactive=False, buttons=["copy"], elem_id="link", max_lines=1)
-        w.curl = gr.Code(label="curl", language="shell", interactive=False, elem_id="curl", wrap_lines=True)
-        w.python = gr.Code(label="Python", language="python", interactive=False, elem_id="python", wrap_lines=True)
+        fixed = dict(interactive=False, wrap_lines=True, max_lines=14)
+        w.curl = gr.Code(label="curl", language="shell", elem_id="curl", **fixed)
+        w.python = gr.Code(label="Python", language="python", elem_id="python", **fixed)
     w.code = [w.link, w.curl, w.python]
     return w
 
+# %% ../../nbs/serve/79_page.ipynb #79b00059
+class Latest:
+    "What a visitor has asked for last; what was begun before it ends."
+    number = 0
+    def begin(self) -> int:
+        self.number += 1
+        return self.number
+
+@patch
+async def _updates(self: Page, turns: list, picture: str | None, here: str, latest: Latest):
+    import gradio as gr
+    first, mine = [turns, "", *self.code(turns, picture, here)], latest.begin()
+    async with contextlib.aclosing(self.ask_last(turns, picture)) as news:
+        async for html in news:
+            if latest.number != mine:
+                break
+            yield html, *first
+            first = [turns, *[gr.skip()] * 4]
+    if latest.number != mine:
+        yield [gr.skip()] * 6
+
 # %% ../../nbs/serve/79_page.ipynb #79b00045
 @patch
-async def on_ask(self: Page, question: str, picture: str | None, turns: list, here: str, *setting):
+async def on_ask(self: Page, question: str, picture: str | None, turns: list, here: str, latest: Latest, *how):
     "A new question: conversation, turns, the empty field, link, curl, Python."
     if not question.strip():
         _refuse("there is no question; ask something")
-    turns = [*turns, Turn(question.strip(), Setting(*setting))]
-    async for update in self._updates(turns, picture, here):
+    turns = [*turns, Turn(question.strip(), Setting(*how))]
+    async for update in self._updates(turns, picture, here, latest):
         yield update
 
 @patch
-async def on_change(self: Page, picture: str | None, turns: list, here: str, *setting):
+async def on_change(self: Page, picture: str | None, turns: list, here: str, latest: Latest, *how):
     "Other settings: the last question is asked anew."
     if turns:
-        turns = [*turns[:-1], Turn(turns[-1].question, Setting(*setting))]
-        async for update in self._updates(turns, picture, here):
+        turns = [*turns[:-1], Turn(turns[-1].question, Setting(*how))]
+        async for update in self._updates(turns, picture, here, latest):
             yield update[0], update[1], *update[3:]
-
-@patch
-async def _updates(self: Page, turns: list, picture: str | None, here: str):
-    import gradio as gr
-    first = [turns, "", *self.code(turns, picture, here)]
-    async for html in self.ask_last(turns, picture):
-        yield html, *first
-        first = [turns, *[gr.skip()] * 4]
 
 # %% ../../nbs/serve/79_page.ipynb #79b00046
 @patch
-async def on_load(self: Page, search: str, here: str):
+async def on_load(self: Page, search: str, here: str, latest: Latest):
     "A link: image, its name, settings, conversation, turns, the field, link, curl, Python."
     import gradio as gr
     try:
@@ -418,7 +434,7 @@ async def on_load(self: Page, search: str, here: str):
         yield *first, *[gr.skip()] * 6
     for turn in asked:
         turns = [*turns, turn]
-        async for update in self._updates(turns, picture, here):
+        async for update in self._updates(turns, picture, here, latest):
             yield *first, *update
             first = skip
 
@@ -429,8 +445,15 @@ def _refuse(why: str):
     raise gr.Error(str(escape(why)), print_exception=False)
 
 @patch
-async def on_image(self: Page, path: str | None):
+async def on_new(self: Page, latest: Latest):
+    "A new conversation about the same image."
+    latest.begin()
+    return [], talk_html([])
+
+@patch
+async def on_image(self: Page, path: str | None, latest: Latest):
     "An image came or went: its name; the conversation about the other one is over."
+    latest.begin()
     try:
         return (await self.keep(path) if path else None), [], talk_html([])
     except ApiError as e:
@@ -442,28 +465,29 @@ def _wire(self: Page, page, image, gallery, settings: list, w: SimpleNamespace):
     "Who calls what."
     import gradio as gr
     how = dict(show_progress="hidden", concurrency_limit=None, api_visibility="private")
-    turns, picture = gr.State([]), gr.State(None)
+    turns, picture, latest = gr.State([]), gr.State(None), gr.State(Latest())
     search, here = gr.Textbox(visible=False), gr.Textbox(visible=False)
     shown, known = [w.talk, turns, w.question, *w.code], [picture, turns, w.talk]
-    at_hand = [picture, turns, here, *settings]
-    asked = gr.on([w.ask.click, w.question.submit], self.on_ask, [w.question, *at_hand], shown, **how)
-    gr.on([s.input for s in settings], self.on_change, at_hand, [w.talk, turns, *w.code], trigger_mode="always_last",
-        cancels=[asked], **how)
-    image.upload(self.on_image, image, known, cancels=[asked], **how)
-    gr.on([image.clear], lambda: (None, [], talk_html([])), None, known, cancels=[asked], **how)
-    w.anew.click(lambda: ([], talk_html([])), None, known[1:], cancels=[asked], **how)
+    at_hand = [picture, turns, here, latest, *settings]
+    gr.on([w.ask.click, w.question.submit], self.on_ask, [w.question, *at_hand], shown, **how)
+    changed = [w.talk, turns, *w.code]
+    gr.on([s.input for s in settings], self.on_change, at_hand, changed, trigger_mode="always_last", **how)
+    image.upload(self.on_image, [image, latest], known, **how)
+    image.clear(self.on_image, [image, latest], known, **how)
+    w.anew.click(self.on_new, latest, known[1:], **how)
     if gallery:
-        gallery.select(self._taker(), None, [image, *known], cancels=[asked], **how)
+        gallery.select(self._taker(), latest, [image, *known], **how)
     where = [search, here]
     read = page.load(lambda *both: both, where, where, js="() => [location.search, location.href]", **how)
-    read.then(self.on_load, where, [image, picture, *settings, *shown], **how)
+    read.then(self.on_load, [*where, latest], [image, picture, *settings, *shown], **how)
 
 # %% ../../nbs/serve/79_page.ipynb #79b00056
 @patch
 def _taker(self: Page):
     "Who takes an example: Gradio looks at the type of the parameter."
     import gradio as gr
-    async def take_example(event: gr.SelectData):
+    async def take_example(latest: Latest, event: gr.SelectData):
+        latest.begin()
         name = list(self.examples)[event.index]
         return self.examples[name], name, [], talk_html([])
     return take_example
@@ -505,7 +529,8 @@ def mount_page(
     import gradio as gr
     look = lambda name: files("tita.serve").joinpath(f"look/{name}").read_text(encoding="utf-8")
     fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="md", **fonts)
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="md", **fonts).set(
+        body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
     page = Page(app.state.service, examples, app.state.has_keys).blocks()
     gr.mount_gradio_app(app, page, "/page", footer_links=[], run_history=False, ssr_mode=False, mcp_server=False,
         enable_monitoring=False, max_file_size=app.state.service.limits.body, theme=theme, css=look("page.css"),
