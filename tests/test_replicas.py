@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from configparser import ConfigParser
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -103,14 +104,16 @@ def counted(handle) -> dict:
 
 
 def run_on_ray(out: Path):
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300") # other work on this machine
     import openai
     import ray
     from ray import serve
     from tita.decode.ask import load_decoder
     from tita.world.embedded import make_scenes
     scenes, decoder = make_scenes(8, seed=11), load_decoder(lam=.5)
-    ray.init(num_cpus=2, include_dashboard=False)
+    head = start_ray()
+    while head.poll() is None and not ray.is_initialized():
+        with suppress(Exception):
+            ray.init(address=f"127.0.0.1:{PORT + 1}")
     serve.start(http_options=dict(host="127.0.0.1", port=PORT))
     serve.run(application(dict(slots=4, lam=.5), replicas=2), name="tita")
     handle = serve.get_deployment_handle("Replica", "tita")
@@ -139,6 +142,18 @@ def run_on_ray(out: Path):
     out.write_text(json.dumps(told))
     serve.shutdown()
     ray.shutdown()
+    head.terminate()
+    head.wait()
+
+
+def start_ray():
+    "With ports that are known beforehand: Ray waits 30 s for those that its agents choose, and then gives up."
+    names = "", "dashboard-agent-grpc-", "dashboard-agent-listen-", "runtime-env-agent-", "metrics-export-"
+    ports = [f"--{name}port={PORT + i}" for i, name in enumerate(names, 1)]
+    patience = dict(RAY_agent_register_timeout_ms="600000", RAY_raylet_start_wait_time_s="600")
+    how = ["--head", "--node-ip-address=127.0.0.1", "--num-cpus=2", "--include-dashboard=false", "--block"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *how, *ports]
+    return subprocess.Popen(command, env=os.environ | patience)
 
 
 if __name__ == "__main__":
