@@ -113,7 +113,7 @@ def run_on_ray(out: Path):
     head = start_ray()
     while head.poll() is None and not ray.is_initialized():
         with suppress(Exception):
-            ray.init(address=f"127.0.0.1:{PORT + 1}")
+            ray.init(address=f"{ray.util.get_node_ip_address()}:{PORT + 1}")
     serve.start(http_options=dict(host="127.0.0.1", port=PORT))
     serve.run(application(dict(slots=4, lam=.5), replicas=2), name="tita")
     handle = serve.get_deployment_handle("Replica", "tita")
@@ -151,7 +151,7 @@ def start_ray():
     names = "", "dashboard-agent-grpc-", "dashboard-agent-listen-", "runtime-env-agent-", "metrics-export-"
     ports = [f"--{name}port={PORT + i}" for i, name in enumerate(names, 1)]
     patience = dict(RAY_agent_register_timeout_ms="600000", RAY_raylet_start_wait_time_s="600")
-    how = ["--head", "--node-ip-address=127.0.0.1", "--num-cpus=2", "--include-dashboard=false", "--block"]
+    how = ["--head", "--num-cpus=2", "--include-dashboard=false", "--block"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *how, *ports]
     return subprocess.Popen(command, env=os.environ | patience)
 
