@@ -119,6 +119,26 @@ def test_what_a_request_may_say(plain):
     assert [m.id for m in client.models.list()] == ["tita", "tita-base", "tita-reward"]
 
 
+def test_usage_with_every_piece(plain):
+    "`continuous_usage_stats`, as load generators ask for it: counts that grow to those of the end."
+    client, _ = plain
+    options = dict(include_usage=True, continuous_usage_stats=True)
+    parts = list(ask(client, stream=True, stream_options=options))
+    counts = [p.usage.completion_tokens for p in parts]
+    assert counts == sorted(counts) and len(set(counts)) > 5 and counts[-1] == len(own(SCENES[0]).tokens)
+    assert all(p.usage.total_tokens == p.usage.prompt_tokens + p.usage.completion_tokens for p in parts)
+    assert len({p.usage.prompt_tokens for p in parts[1:]}) == 1 and parts[-1].choices == []
+    quiet = list(ask(client, stream=True, stream_options=dict(include_usage=True)))
+    assert [p.usage for p in quiet[:-1]] == [None] * (len(quiet) - 1)
+
+
+def test_a_draft_is_the_servers(plain):
+    client, _ = plain
+    assert ask(client, **steer(draft=0)).choices[0].message.content == own(SCENES[0]).text
+    with pytest.raises(openai.BadRequestError, match="leave it out, the answer is the same"):
+        ask(client, **steer(draft=4))
+
+
 def test_text_alone_turns_and_several_images(plain):
     client, loop = plain
     how = dict(model="tita", max_tokens=8, temperature=0)
@@ -523,3 +543,37 @@ def test_langchain(plain):
     turns = messages(SCENES[0])
     assert model.invoke(turns).content == own(SCENES[0]).text
     assert "".join(part.content for part in model.stream(turns)) == own(SCENES[0]).text
+
+
+@pytest.mark.slow
+def test_lmms_eval(plain):
+    "Its model `openai`, with images and its own threads."
+    chat = pytest.importorskip("lmms_eval.models.chat.openai", reason="lmms-eval is not installed")
+    from lmms_eval.api.instance import Instance
+    client, _ = plain
+    model = chat.OpenAICompatible(model="tita", base_url=str(client.base_url), api_key="none", num_concurrent=3)
+    model.task_dict = dict(mine=dict(test=SCENES))
+    asks = lambda scene: [dict(role="user", content=[dict(type="image", url=scene.image),
+        dict(type="text", text="Describe the image.")])]
+    about = dict(task="mine", doc_id=0, repeats=1)
+    how = dict(max_new_tokens=24, temperature=0)
+    requests = [Instance("generate_until", ("", asks, how, i, "mine", "test"), i, about) for i in range(len(SCENES))]
+    assert [getattr(a, "text", a) for a in model.generate_until(requests)] == [own(s).text for s in SCENES]
+
+
+@pytest.mark.slow
+def test_guidellm(plain, tmp_path):
+    "A load generator: it waits for /health, streams, ignores ends and reads the usage of every piece."
+    if importlib.util.find_spec("guidellm") is None:
+        pytest.skip("guidellm is not installed: pip install guidellm")
+    client, _ = plain
+    asked = [(q.text, data_url(s.image)) for s in SCENES for q in s.questions[:3]]
+    rows = [dict(prompt=text, image=url, output_tokens_count=12) for text, url in asked]
+    (tmp_path/"data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    args = ["run", "--backend", f"kind=openai_http,target={str(client.base_url).removesuffix('/v1/')},model=tita",
+        "--profile", "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=16",
+        "--data", f"kind=json_file,path={tmp_path/'data.jsonl'}", "--output", f"kind=json,path={tmp_path/'out.json'}"]
+    run = subprocess.run([sys.executable, "-m", "guidellm", *args], capture_output=True, text=True, cwd=tmp_path)
+    assert (tmp_path/"out.json").exists(), run.stdout[-3000:] + run.stderr[-3000:]
+    counts = json.loads((tmp_path/"out.json").read_text())["benchmarks"][0]["metrics"]["request_totals"]
+    assert counts["successful"] == 16 and counts["errored"] == 0, counts

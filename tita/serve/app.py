@@ -6,7 +6,7 @@
 __all__ = ['LOG', 'Metrics', 'Service', 'Exchange', 'Doorkeeper', 'create_app']
 
 # %% ../../nbs/serve/78_app.ipynb #78a00004
-import asyncio, contextlib, copy, hashlib, hmac, json, logging, secrets, time, traceback
+import asyncio, base64, contextlib, copy, hashlib, hmac, json, logging, secrets, time, traceback
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from fastapi import FastAPI, Request, Response
@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily
 from starlette.exceptions import HTTPException as AnyHTTPException
 from ..core import TitaError, whole_text
+from ..decode.ask import settings_over_safe
 from ..decode.decoder import check_draft
 from ..decode.engine import Output
 from ..decode.guidance import FORMS, Guidance
@@ -77,21 +78,30 @@ class Service:
 # %% ../../nbs/serve/78_app.ipynb #78a00027
 @patch
 def guidance(self: Service, chat: Chat) -> Guidance | None:
-    "How this request is guided."
+    "How this request is guided; of a base only the form is its own, which says what its tokens are worth."
     if chat.model not in self.models:
         known = ", ".join(self.models)
         raise ApiError(404, f"there is no such model; there are {known}", param="model", code="model_not_found")
     own, asked = self.models[chat.model], chat.tita or Steer()
-    given = {k: v for k in ("lam", "form", "bound", "gate") if (v := getattr(asked, k)) is not None}
-    if asked.draft is not None:
-        check_draft(asked.draft)
-    if chat.model != self.name or not given:
-        return own
+    self._check_draft(asked.draft)
+    if own is None:
+        return None
+    named = settings_over_safe(asked.lam, asked.bound, asked.gate) | dict(form=asked.form)
+    can_be_named = ("lam", "form", "bound", "gate") if chat.model == self.name else ("form",)
+    given = {k: named[k] for k in can_be_named if getattr(asked, k) is not None}
     if given.get("form", own.form) not in self.forms:
         raise ApiError(400, f"form {given['form']!r} cannot be served with these models; "
             f"there are {', '.join(self.forms)}", param="tita")
-    given = {k: None if v in (0, "none") and k in ("bound", "gate") else v for k, v in given.items()}
     return replace(own, **given)
+
+@patch
+def _check_draft(self: Service, draft: int | str | None):
+    if draft is None:
+        return
+    check_draft(draft)
+    if draft != self.loop.draft:
+        cure = "leave it out, the answer is the same; tita-serve --draft sets it for all rows of a batch"
+        raise ApiError(400, f"tita.draft is {draft!r}, this server drafts {self.loop.draft!r}; {cure}", param="tita")
 
 # %% ../../nbs/serve/78_app.ipynb #78a00028
 @patch
@@ -272,21 +282,20 @@ async def _complete(service: Service, chat: Chat, request: Request) -> Response:
     return answer
 
 # %% ../../nbs/serve/78_app.ipynb #78a00036
+def _sent_key(headers: dict) -> str:
+    "The key that came along: after Bearer, or as the password that a browser asked for."
+    sent = headers.get("authorization", "")
+    if not sent.startswith("Basic "):
+        return sent.removeprefix("Bearer ")
+    with contextlib.suppress(ValueError):
+        return base64.b64decode(sent.removeprefix("Basic ")).decode().partition(":")[2]
+    return ""
+
 class Doorkeeper:
     "Keys, and the size and pace of bodies."
     def __init__(self, app, keys: tuple, limits: Limits):
         self.app, self.limits = app, limits
         self.keys = [hashlib.sha256(k.encode()).digest() for k in keys]
-
-    def refusal(self, scope: dict) -> ApiError | None:
-        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        if self.keys and scope["path"] not in ("/health", "/metrics"):
-            sent = hashlib.sha256(headers.get("authorization", "").removeprefix("Bearer ").encode()).digest()
-            if not max([hmac.compare_digest(sent, k) for k in self.keys]):
-                return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-        length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self.limits.body:
-            return ApiError(413, f"the body is larger than {self.limits.body} bytes", code="request_too_large")
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -294,6 +303,20 @@ class Doorkeeper:
         if error := self.refusal(scope):
             return await _told(error)(scope, receive, send)
         await self.app(scope, self._limited(receive), send)
+
+# %% ../../nbs/serve/78_app.ipynb #78a00087
+@patch
+def refusal(self: Doorkeeper, scope: dict) -> ApiError | None:
+    "Why this request is not let in."
+    headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+    if self.keys and scope["path"] not in ("/health", "/metrics"):
+        sent = hashlib.sha256(_sent_key(headers).encode()).digest()
+        if not max([hmac.compare_digest(sent, k) for k in self.keys]):
+            ask = {} if scope["path"].startswith("/v1") else {"WWW-Authenticate": 'Basic realm="tita", charset="UTF-8"'}
+            return ApiError(401, "the API key is missing or wrong", code="invalid_api_key", **ask)
+    length = headers.get("content-length", "0")
+    if length.isdigit() and int(length) > self.limits.body:
+        return ApiError(413, f"the body is larger than {self.limits.body} bytes", code="request_too_large")
 
 # %% ../../nbs/serve/78_app.ipynb #78a00037
 @patch
@@ -339,7 +362,7 @@ def create_app(
         await asyncio.to_thread(loop.close, limits.drain_seconds)
     app = FastAPI(title="tita-serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Doorkeeper, keys=tuple(keys), limits=limits)
-    app.state.service = service
+    app.state.service, app.state.has_keys, app.state.at_end = service, bool(keys), []
     _handle_errors(app)
     _add_routes(app, service)
     return app

@@ -1,0 +1,160 @@
+"What carries the server elsewhere: the container, Kubernetes, Slurm, and two replicas on Ray Serve."
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from configparser import ConfigParser
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+pytest.importorskip("fastapi", reason="the serve extra is not installed: pip install 'tita[serve]'")
+from typer.main import get_command
+from tita.core import data_url
+from tita.serve.replicas import application, settings_of
+from tita.serve.serve_cli import app as serve_app
+
+PORT = 18321
+ROOT = Path(__file__).resolve().parent.parent
+HERE = ROOT/"scripts/serve"
+OPTIONS = {name for p in get_command(serve_app).params for name in p.opts}
+
+
+def instructions():
+    "Of the Containerfile: pairs of a word and what follows."
+    text = re.sub(r"\\\n", " ", (HERE/"Containerfile").read_text())
+    return [line.split(None, 1) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def test_the_container_gets_what_there_is(tmp_path):
+    "Each file it copies exists, and with these alone setup.py knows name and extras."
+    for paths in (rest.split() for word, rest in instructions() if word == "COPY"):
+        *sources, to = paths
+        for source in sources:
+            path, place = ROOT/source, tmp_path/to
+            assert path.exists(), f"the Containerfile copies {source}, which is not there"
+            if path.is_dir():
+                shutil.copytree(path, place)
+            else:
+                place.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, place)
+    asked = [sys.executable, "setup.py", "--name", "--version"]
+    run = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True)
+    config = ConfigParser(delimiters=["="], interpolation=None)
+    config.read(ROOT/"settings.ini")
+    assert run.stdout.split()[-2:] == [config["DEFAULT"]["lib_name"], config["DEFAULT"]["version"]], run.stderr
+    installed = " ".join(rest for word, rest in instructions() if word == "RUN")
+    for extra in re.search(r"'\.\[(.*?)\]'", installed)[1].split(","):
+        assert f"{extra}_requirements" in config["DEFAULT"]
+
+
+def test_commands_have_the_options_that_files_give_them():
+    entry = json.loads(next(rest for word, rest in instructions() if word == "ENTRYPOINT"))
+    pods, _ = yaml.safe_load_all((HERE/"kubernetes.yaml").read_text())
+    args = pods["spec"]["template"]["spec"]["containers"][0]["args"]
+    slurm = (HERE/"slurm_serve.sh").read_text().splitlines()[-1].split()
+    shown = re.findall(r"--[\w-]+", " ".join((HERE/"Containerfile").read_text().splitlines()[:10]))
+    assert entry[0] == "tita-serve" and "--base" in args and "--host" in slurm
+    given = {w for w in [*entry, *args, *slurm, *shown] if w.startswith("--")} - {"--rm"}
+    assert given <= OPTIONS, given - OPTIONS
+
+
+def test_ray_yaml_names_what_there_is():
+    config = yaml.safe_load((HERE/"ray.yaml").read_text())["applications"][0]
+    assert config["import_path"] == f"{application.__module__}:{application.__name__}"
+    settings_of(config["args"])
+    options = (HERE/"ray.yaml").read_text().partition("args:")[2].partition("deployments")[0]
+    settings_of(dict.fromkeys(re.findall(r"# (\w+): /?\w+", options)))
+    assert {d["name"] for d in config["deployments"]} == {"Replica", "Entrance"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is not installed (pip install 'tita[ray]')")
+def test_two_replicas_answer_like_one_and_keep_their_images(tmp_path):
+    "In a process of its own: Ray leaves threads and actors behind."
+    out = tmp_path/"out.json"
+    run = subprocess.run([sys.executable, __file__, out], capture_output=True, text=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"))
+    assert out.exists(), run.stdout[-3000:] + run.stderr[-3000:]
+    told = json.loads(out.read_text())
+    assert told["said"] == told["alone"] and told["streamed"] == told["alone"][0]
+    assert told["status"] == [400, 200]
+    hits = [h for h, q in told["warm"]]
+    assert len(told["warm"]) == 2 and all(q > 0 for _, q in told["warm"]), "each replica has images of its own"
+    assert sum(q for _, q in told["warm"]) - sum(hits) == told["images"], "no image was read twice"
+
+
+def counted(handle) -> dict:
+    "What each replica says at /metrics, by its own numbers; any name leads to one of them."
+    scope = dict(type="http", method="GET", path="/metrics", headers=[], query_string=b"")
+    found = {}
+    for name in range(32):
+        pieces = list(handle.options(stream=True).answer.remote(str(name), scope, b""))
+        lines = [line.split() for line in b"".join(pieces[1:]).decode().splitlines() if line.startswith("tita:")]
+        values = {key: float(value) for key, value in lines}
+        found[values["tita:request_queue_time_seconds_sum"]] = values
+    return found
+
+
+def run_on_ray(out: Path):
+    import openai
+    import ray
+    from ray import serve
+    from tita.decode.ask import load_decoder
+    from tita.world.embedded import make_scenes
+    scenes, decoder = make_scenes(8, seed=11), load_decoder(lam=.5)
+    head = start_ray()
+    while head.poll() is None and not ray.is_initialized():
+        with suppress(Exception):
+            ray.init(address=f"{ray.util.get_node_ip_address()}:{PORT + 1}")
+    serve.start(http_options=dict(host="127.0.0.1", port=PORT))
+    serve.run(application(dict(slots=4, lam=.5), replicas=2), name="tita")
+    handle = serve.get_deployment_handle("Replica", "tita")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", max_retries=0)
+    asked = [(s, q) for q in ("Describe the image.", "Is there a car in the image?") for s in scenes]
+    alone = [decoder.generate(s.image, q, 16, temperature=0.)[0].text for s, q in asked]
+    def ask(scene, question, **how):
+        image = dict(type="image_url", image_url=dict(url=data_url(scene.image)))
+        messages = [dict(role="user", content=[image, dict(type="text", text=question)])]
+        how = dict(model="tita", max_tokens=16, temperature=0) | how
+        return client.chat.completions.create(messages=messages, **how)
+    said = [ask(*a).choices[0].message.content for a in asked]
+    hits, queries = "tita:image_cache_hits_total", "tita:image_cache_queries_total"
+    warm = [(v[hits], v[queries]) for v in counted(handle).values()]
+    streamed = "".join(c.choices[0].delta.content or "" for c in ask(*asked[0], stream=True))
+    left = ask(*asked[1], stream=True, max_tokens=400, extra_body=dict(ignore_eos=True))
+    next(iter(left))
+    left.close()
+    while any(v["tita:num_requests_running"] for v in counted(handle).values()):
+        time.sleep(.1)
+    root = f"http://127.0.0.1:{PORT}"
+    damaged = httpx.post(f"{root}/v1/chat/completions", content=b"{oops")
+    health = httpx.get(f"{root}/health")
+    status = [damaged.status_code, health.status_code]
+    told = dict(said=said, alone=alone, streamed=streamed, warm=warm, images=len(scenes), status=status)
+    out.write_text(json.dumps(told))
+    serve.shutdown()
+    ray.shutdown()
+    head.terminate()
+    head.wait()
+
+
+def start_ray():
+    "With ports that are known beforehand: Ray waits 30 s for those that its agents choose, and then gives up."
+    names = "", "dashboard-agent-grpc-", "dashboard-agent-listen-", "runtime-env-agent-", "metrics-export-"
+    ports = [f"--{name}port={PORT + i}" for i, name in enumerate(names, 1)]
+    patience = dict(RAY_agent_register_timeout_ms="600000", RAY_raylet_start_wait_time_s="600")
+    how = ["--head", "--num-cpus=2", "--include-dashboard=false", "--block"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *how, *ports]
+    return subprocess.Popen(command, env=os.environ | patience)
+
+
+if __name__ == "__main__":
+    run_on_ray(Path(sys.argv[1]))
