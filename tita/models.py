@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TOLD', 'load_vlm', 'load_processor', 'chat_prompt', 'opened', 'prompt_ids', 'answer_ids', 'vocab_size', 'check_pair',
-           'vision_tower', 'same_tower', 'few_weights', 'looks_of', 'remember_base', 'shared_with']
+           'vision_tower', 'same_tower', 'few_weights', 'looks_of', 'remember_base', 'shared_with', 'inside_peft',
+           'image_token', 'short_name']
 
 # %% ../nbs/02_models.ipynb #ffc2d80f
-import contextlib, re
+import contextlib, copy, re
 from pathlib import Path
 from .core import TitaError
 
@@ -274,3 +275,40 @@ def shared_with(
         name = getattr(reward.config, "name_or_path", "") or type(reward).__name__
         raise TitaError(f"{name}: distilled_from in its config.json is not what distillation writes; "
             "delete the entry, or distil anew") from None
+
+# %% ../nbs/02_models.ipynb #70e40002
+def looks_once(tower):
+    "A stand-in for a tower: it looks when it is called first, and gives the same output again from then on."
+    seen, stand_in = [], copy.copy(tower)
+    def forward(*args, **kwargs):
+        if not seen:
+            seen.append(tower(*args, **kwargs))
+        return copy.copy(seen[0])
+    stand_in.forward = forward
+    stand_in._forward_hooks, stand_in._forward_pre_hooks = {}, {}  # the tower has run its own
+    return stand_in
+
+def with_tower(body, tower):
+    "The same model with a stand-in for its tower; the model itself is left as it is."
+    surface = copy.copy(body)
+    surface._modules = body._modules | {"vision_tower": tower}
+    return surface
+
+# %% ../nbs/02_models.ipynb #70e40005
+def inside_peft(model):
+    "The model without what PEFT puts around it."
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+def image_token(model) -> int | None:
+    "Id of the token that stands for an image; None for a model without a vision tower."
+    model = inside_peft(model)
+    return getattr(model.config, "image_token_id", None) if vision_tower(model) is not None else None
+
+# %% ../nbs/02_models.ipynb #70e40008
+def short_name(
+    model: str | Path, # folder or hub name; `world` is the embedded base, whatever lies here under that name
+) -> str: # that of the hub, or the last two parts of the folder
+    "What a model is called in files and results."
+    path = Path(model).expanduser()
+    is_folder = path.is_dir() and str(model) != "world"
+    return "/".join((path.resolve() if is_folder else path).parts[-2:])

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 import typer
-from ..core import TitaError, cli, data_url, open_image, option, write_text
+from ..core import TitaError, cli, data_url, open_image, option, reward_rgba, write_text
 
 # %% ../../nbs/decode/20_ask.ipynb #f8df7bd9
 def ask_pair(
@@ -36,10 +36,9 @@ def shade(
     reward: float, # nats
     full: float = 2., # nats of full colour
 ) -> tuple[int, int, int]: # red, green, blue
-    "Green for a positive reward, red for a negative one."
-    x = max(-1., min(1., reward / full))
-    pale = round(255 - 130 * abs(x))
-    return (pale, 255, pale) if x >= 0 else (255, pale, pale)
+    "The colour of a reward on white, where nothing can be laid under a word."
+    *color, opacity = reward_rgba(reward, full)
+    return tuple(round(255 + opacity * (c - 255)) for c in color)
 
 # %% ../../nbs/decode/20_ask.ipynb #f177b0b8
 def to_terminal(answer: dict, console):
@@ -71,7 +70,7 @@ small {color: #555}
  title="{{ nats(t.reward) }}">{{ t.text }}</span>
 {%- endfor %}</p>
 {% endfor %}
-<p><small>Green: the reward model finds the word more likely than its reference does; red: less. Underlined: the base
+<p><small>Blue: the reward model finds the word more likely than its reference does; orange: less. Underlined: the base
 would have chosen another word. Point at a word for its reward in nats.</small></p>
 """
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Include', 'parse_lams', 'endpoint_system', 'Options', 'first_decoder', 'guided', 'local_systems',
-           'more_systems', 'model_alone', 'who_answers', 'check_run', 'list_command', 'run_benchmarks', 'score_command',
-           'gather', 'compare_command', 'published_command', 'submit_command', 'main']
+           'more_systems', 'model_alone', 'who_answers', 'judge_of', 'check_run', 'list_command', 'run_benchmarks',
+           'score_command', 'about_judge', 'gather', 'compare_command', 'published_command', 'submit_command', 'main']
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900003
 from collections.abc import Mapping, Sequence
@@ -31,6 +31,7 @@ def endpoint_system(url: str, model: str, key_env: str | None, temperature: floa
     "A model behind an OpenAI-compatible server."
     from tita.api.client import EndpointAnswerer, Settings
     from tita.api.endpoints import any_endpoint
+    from tita.eval.judging import HeldBack
     from tita.eval.systems import System
     class Shown(EndpointAnswerer):
         def picture(self, row):
@@ -38,7 +39,8 @@ def endpoint_system(url: str, model: str, key_env: str | None, temperature: floa
     endpoint = any_endpoint(url, model, key_env=key_env, needs_key=False)
     def answers(rows, max_new_tokens):
         settings = Settings(max_tokens=max_new_tokens, temperature=temperature, suffix=suffix, stream=False)
-        yield from Shown(endpoint, settings=settings).answers(rows)
+        held = HeldBack(rows, endpoint.concurrency or 8)
+        yield from held.settle(Shown(endpoint, settings=settings).answers(held))
     about = dict(endpoint=endpoint.base_url, model=model, temperature=temperature, suffix=suffix)
     return System(model, answers, about)
 
@@ -128,6 +130,13 @@ def who_answers(o: Options, model: str | None, endpoint: str | None, key_env: st
     return model_alone(o, model) if model else local_systems(o)
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900027
+def judge_of(url: str | None, model: str | None, key_env: str | None, passes: int):
+    "The judge that the options name, if they do. Raises `TitaError` for half of one."
+    from tita.eval.judging import judge_at
+    if bool(url) != bool(model):
+        raise TitaError("a judge is a server and a model there; name both, --judge URL and --judge-model ID")
+    return judge_at(url, model, key_env, passes) if url else None
+
 def check_run(parser, tasks, repeats, temperature, pair, model, endpoint):
     "Is it clear what is meant? Raises `TitaError`."
     if parser and not any(parser in t.parsers for t in tasks):
@@ -190,6 +199,10 @@ Bound = option(float, "clip the guidance to ±bound nats")
 Gate = option(str, "agreement:0.3, entropy:0.7 or margin:1")
 Baselines = option(str, "vcd, icd, m3id, pai, image_cfg, blur_cfg: further rows")
 BestOf = option(int, "also the best of so many answers by the reward", "--best-of")
+JudgeUrl = option(str, "who reads open answers: an OpenAI-compatible server, http://HOST:PORT/v1", "--judge")
+JudgeModel = option(str, "the judge's id there")
+JudgeKeyEnv = option(str, "environment variable that holds the judge's key")
+Passes = option(int, "times that a judge is asked each thing", min=1)
 Sentences = option(int, "also sentence search with so many continuations")
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900046
@@ -202,7 +215,8 @@ def run_benchmarks(
     form: _Form = None, bound: Bound = None, gate: Gate = None, baselines: Baselines = "", best_of: BestOf = 0,
     sentences: Sentences = 0, model: Model = None, endpoint: Url = None, key_env: KeyEnv = None,
     temperature: Temperature = 0., repeats: Repeats = 1, seed: Seed = 0, batch: _Batch = 256,
-    device: Device = None, dtype: Dtype = "auto",
+    device: Device = None, dtype: Dtype = "auto", judge: JudgeUrl = None, judge_model: JudgeModel = None,
+    judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY", passes: Passes = 2,
 ):
     "Ask and score. The same command again asks only what is missing."
     include_tasks(include) if include else None
@@ -210,9 +224,10 @@ def run_benchmarks(
     check_run(parser, chosen, repeats, temperature, base or reward, model, endpoint)
     options = Options(base, reward, ref, dpo, lam, form, bound, gate, baselines, best_of, sentences,
         parser == "likelihood", temperature, seed, batch, device, dtype)
+    reads = judge_of(judge, judge_model, judge_key_env, passes)
     systems = who_answers(options, model, endpoint, key_env)
     run = Run(out, data, limit, offset, parser, Plan(seed, repeats, batch))
-    results = run_tasks(run, chosen, systems, predict_only)
+    results = run_tasks(run, chosen, systems, predict_only, reads)
     print("\n".join(results_lines(results)))
     print(f"next: tita-eval {'score' if predict_only else 'compare'} {out}")
 
@@ -224,16 +239,18 @@ def score_command(
     task: option(str, "with --answers: the task that they answer") = None,
     answers: option(Path, "answers that were made elsewhere: JSON Lines with question_id and answer or text") = None,
     name: option(str, "with --answers: what their system is called") = "answers",
-    data: Data = None, limit: Limit = None, offset: Offset = 0, include: Include = None,
+    data: Data = None, limit: Limit = None, offset: Offset = 0, include: Include = None, judge: JudgeUrl = None,
+    judge_model: JudgeModel = None, judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY", passes: Passes = 2,
 ):
-    "Score a run again, offline, or score answers from elsewhere as a run."
+    "Score a run again, offline or by a judge, or score answers from elsewhere as a run."
     include_tasks(include) if include else None
     if answers:
         named = find_tasks(task or "")
         if len(named) != 1:
             raise TitaError("--answers are to one task; name it with --task")
         take_answers(Run(run, data, limit, offset, parser), named[0], answers, name)
-    print("\n".join(results_lines(score_run(run, parser))))
+    reads = judge_of(judge, judge_model, judge_key_env, passes)
+    print("\n".join(results_lines(score_run(run, parser, reads, data))))
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900030
 def _same_task(out: Path, task: str, about: Mapping, other: Mapping):
@@ -241,7 +258,16 @@ def _same_task(out: Path, task: str, about: Mapping, other: Mapping):
         if about[key] != other[key]:
             raise TitaError(f"{out}: {task} was scored with {key} {about[key]}, elsewhere with {other[key]}; "
                 f"{'run both anew' if key == 'version' else 'score both in one way: tita-eval score RUN --parser'}")
+    one, two = (about_judge(a.get("judge")) for a in (about, other))
+    if one != two:
+        raise TitaError(f"{out}: {task} was judged by {one}, elsewhere by {two}; let one judge read both: tita-eval "
+            "score RUN --judge URL --judge-model ID")
 
+def about_judge(judge: Mapping | None) -> str:
+    "What has to be the same for two figures to be compared."
+    return f"{judge['model']} in words of {judge['wording']} ({judge['prompts']})" if judge else "nobody"
+
+# %% ../../nbs/eval/69_eval_cli.ipynb #e6900061
 def gather(runs: Sequence[Path]) -> tuple[dict, dict, list]: # systems -> task -> rows; tasks; image folders
     "All systems of several runs. One that two runs have is called after its run, too."
     read = {r: read_run(r) for r in runs}

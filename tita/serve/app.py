@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily
 from starlette.exceptions import HTTPException as AnyHTTPException
 from ..core import TitaError, whole_text
-from ..decode.ask import settings_over_safe
+from ..decode.ask import limits
 from ..decode.decoder import check_draft
 from ..decode.engine import Output
 from ..decode.guidance import FORMS, Guidance
@@ -86,7 +86,7 @@ def guidance(self: Service, chat: Chat) -> Guidance | None:
     self._check_draft(asked.draft)
     if own is None:
         return None
-    named = settings_over_safe(asked.lam, asked.bound, asked.gate) | dict(form=asked.form)
+    named = limits(asked.lam, asked.bound, asked.gate) | dict(form=asked.form)
     can_be_named = ("lam", "form", "bound", "gate") if chat.model == self.name else ("form",)
     given = {k: named[k] for k in can_be_named if getattr(asked, k) is not None}
     if given.get("form", own.form) not in self.forms:

@@ -140,10 +140,10 @@ def serve(
     base: option(str, "base model: folder or hub name [default: the embedded base]") = None,
     reward: option(str, "reward model [default: the embedded reward]") = None,
     ref: option(str, "the reward before its training") = None,
-    lam: option(float, "strength λ [default: the safe one]") = None,
-    form: option(str, "interpolate, ratio, arm, contrast [default: ratio with a reference, else interpolate]") = None,
-    bound: option(float, "clip the guidance to ±bound nats; 0 for none [default: the safe one]") = None,
-    gate: option(str, "agreement:0.3, entropy:0.7, margin:1 or none [default: the safe one]") = None,
+    lam: option(float, "strength λ [default: the recommended one]") = None,
+    form: option(str, "interpolate, ratio, arm, contrast [default: the recommended one]") = None,
+    bound: option(float, "clip the guidance to ±bound nats; 0 for none [default: the recommended one]") = None,
+    gate: option(str, "agreement:0.3, entropy:0.7, margin:1 or none [default: the recommended one]") = None,
     name: option(str, "of the aligned model; NAME-base and NAME-reward are served beside it") = "tita",
     host: option(str, "address to listen on") = "127.0.0.1",
     port: option(int, "port to listen on; 0 for one that is free", min=0, max=65535) = 8000,
@@ -173,13 +173,13 @@ def build_app(
     _needs("fastapi", "serve")
     if o.page:
         _needs("gradio", "page")
-    from tita.decode.ask import load_decoder, settings_over_safe
+    from tita.decode.ask import load_decoder
     from tita.serve.app import create_app
     from tita.serve.chat import Limits
     from tita.serve.loop import Loop
     keys, shown = read_keys(o.key_file), _examples(o.examples, o.base) if o.page else {}
-    safe = settings_over_safe(o.lam, o.bound, o.gate)
-    decoder = load_decoder(o.base, o.reward, o.ref, device=o.device, dtype=o.dtype, form=o.form, **safe)
+    guided = dict(form=o.form, lam=o.lam, bound=o.bound, gate=o.gate)
+    decoder = load_decoder(o.base, o.reward, o.ref, device=o.device, dtype=o.dtype, **guided)
     loop = Loop(decoder, o.slots, o.queue, o.seconds, o.warm << 20, int(o.draft) if o.draft.isdigit() else o.draft)
     app = create_app(loop, o.name, Limits(tokens=o.max_tokens, hosts=tuple(o.image_host)), keys)
     if o.page:
