@@ -7,7 +7,7 @@ The picture is chosen by a rule, not by eye: of SCENES test scenes it is the fir
 that is not there, and the aligned base names everything that is there and nothing else. How often the aligned answer
 is better and how often worse is counted over all of these scenes and written beside the picture. The base is the
 embedded world's, seed 0; the reward is what `bash scripts/demo.sh` leaves; the settings are the recommended ones
-(`tita.studies.own_reward.OWN`). Writes nbs/images/answer.svg and results/answer.json; the latter holds the same answer
+(`tita.decode.guidance.OWN`). Writes nbs/images/answer.svg and results/answer.json; the latter holds the same answer
 at other strengths, too, for the page about λ.
 """
 import argparse, base64, io
@@ -16,9 +16,9 @@ from xml.sax.saxutils import escape
 from PIL import Image
 from tita.core import TitaError, cli, run_info, write_json, write_text
 from tita.decode.decoder import AlignedDecoder
+from tita.decode.guidance import OWN
 from tita.models import load_vlm
 from tita.show.plots import flow, reward_limit, reward_rgba, token_pieces
-from tita.studies.own_reward import OWN
 from tita.world.embedded import ASK, OBJECTS, load_models, make_scenes
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -443,7 +443,9 @@ def row(self: EndpointAnswerer, answer: Reply) -> dict:
     if answer.error is not None:
         return {k: q[k] for k in _KEPT if k in q} | {"error": answer.error, "error_kind": answer.kind}
     cut = {"finish": "length"} if answer.end == "length" else {}
-    return q | {"answer": answer.text.strip(), "model": self.endpoint.name, "seed": self.seed} | cut
+    said = {"answer": answer.answer.strip(), "model": self.endpoint.name, "seed": self.seed}
+    thought = {} if answer.answer == answer.text else {"said": answer.text}
+    return q | said | thought | cut
 
 @patch
 def __call__(self: EndpointAnswerer, tasks):

@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from fastcore.basics import patch
 from ..core import TitaError, image_path, read_jsonl, write_json, write_jsonl, write_text
+from ..decode.guidance import SAFE, guidance_for
 from ..steps import DoneStep, Steps, code_of, content_of, images_content
 from . import own_reward as own, stages as job
 from .reproduction import Reproduction, best_of_gains, candidates, chosen_tasks, divided, gains
@@ -231,9 +232,9 @@ def agreement(self: Chain) -> DoneStep | None: # None without questions
         ask = job.Asker(base, self.processor, self.images, folder, s.seed)
         said = ask(self.rows("agree"), "said", "clean", max_new_tokens=s.max_new_tokens)
         mass = own.shared_mass(base, self.model(self.before), self.processor, said, self.images)
-        return dict(shared=mass, guidance=own.guidance_for(mass))
+        return dict(shared=mass, guidance=guidance_for(mass))
     reads = dict(seed=s.seed, max_new_tokens=s.max_new_tokens)
-    code = own.shared_mass, own.guidance_for, "tita.train.trees", "tita.data.answers"
+    code = own.shared_mass, guidance_for, "tita.train.trees", "tita.data.answers"
     inputs = self._models() | self._seen("agree")
     return self.steps("agreement", work, reads, self._on("distil"), inputs, code)
 
@@ -322,7 +323,7 @@ def aligned(self: Chain, guidance: Mapping):
 def recommended(self: Chain) -> dict:
     "The settings that are recommended for this pair."
     step = self.steps.done.get("agreement")
-    return step.told["guidance"] if step else dict(own.SAFE)
+    return step.told["guidance"] if step else dict(SAFE)
 
 # %% ../../nbs/studies/89_chain.ipynb #88a0002a
 @patch

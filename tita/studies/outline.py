@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from ..core import TitaError
-from . import budget, own_reward as own, stages as job
+from ..decode.guidance import SAFE
+from . import budget, stages as job
 from .chain import WORLD_DISTIL, Chain
 from .reproduction import Reproduction, candidates, chosen_tasks, divided, own_questions, problems
 from .reproduction import source_sizes
@@ -145,7 +146,7 @@ def count_needs(run: Chain, machine: budget.Machine) -> tuple[list, list]: # wha
     except TitaError:
         processor = None
     c, asked = Count(run.s, base, reward, machine, processor, run.embedded), planned_questions(run.s)
-    strength = _asked_of_all(c, "strength", True, len(candidates(run.s, own.SAFE)), 1)
+    strength = _asked_of_all(c, "strength", True, len(candidates(run.s, SAFE)), 1)
     test = _asked_of_all(c, "test", False, 2, 3 + len(run.s.rivals) + bool(run.s.dpo_base))
     asking = [need for need in (strength, test) if need]
     return [*teaching_needs(c, asked), *preference_needs(c, asked), *asking], [base, reward]
