@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOLD', 'load_vlm', 'load_processor', 'chat_prompt', 'opened', 'prompt_ids', 'answer_ids', 'vocab_size', 'check_pair',
-           'vision_tower', 'same_tower', 'few_weights', 'looks_of', 'remember_base', 'shared_with', 'inside_peft',
-           'image_token', 'short_name']
+           'vision_tower', 'same_tower', 'few_weights', 'looks_of', 'remember_base', 'shared_with', 'looks_once',
+           'with_tower', 'inside_peft', 'image_token', 'short_name']
 
 # %% ../nbs/02_models.ipynb #ffc2d80f
 import contextlib, copy, re

@@ -104,7 +104,7 @@ def file_hash(
     path: str | Path, # of a file
     whole: int = WHOLE, # bytes
 ) -> str: # 16 hexadecimal digits
-    "What a file holds; of one above `whole` bytes its size and 256 blocks, evenly spread."
+    "What a file holds; of a larger one its size and 256 blocks, evenly spread."
     size, found = Path(path).stat().st_size, hashlib.sha256()
     with open(path, "rb") as f:
         if size <= whole:
