@@ -2,7 +2,7 @@
 """Every notebook of nbs/runs in its smoke mode, each in a process of its own: what it found, how long, how much memory.
 
     python scripts/smoke_runs.py --out results/smoke_runs             all of them; writes .json and .md
-    python scripts/smoke_runs.py --only bench_api --only decode       some of them
+    python scripts/smoke_runs.py --only bench_api --only decode       some of them; the figures of the others stay
 
 The smoke mode of NAME is scripts/params/runs/NAME_smoke.yaml. A run counts only if its figures are as they must be:
 `CHECKS` holds what must be true of them, and the tests ask the same. Memory is the peak of the resident memory of the
@@ -137,17 +137,20 @@ def smoke(name: str, out: Path) -> dict:
     seconds = time.perf_counter() - begun
     if process.returncode:
         raise TitaError(f"{name} ended with {process.returncode}:\n{log.read_text()[-3000:]}")
-    return dict(seconds=round(seconds, 1), peak_mib=round(memory/2**20), found=CHECKS[name](out))
+    measured = dict(seconds=round(seconds, 1), peak_mib=round(memory/2**20), load=round(os.getloadavg()[0], 1))
+    return measured | dict(found=CHECKS[name](out), run=run_info())
 
 
-def page(runs: dict, info: dict) -> str:
+def page(runs: dict) -> str:
     "The table, for readers."
+    one = next(iter(runs.values()))["run"]
     head = "# Run notebooks in their smoke mode\n\n`python scripts/smoke_runs.py`: each in a process of its own, with"
-    head += " scripts/params/runs/NAME_smoke.yaml, its figures checked.\nMemory: peak of the resident memory of its"
-    head += f" processes together. Load of the machine while it ran: {info['load']:.1f} on {info['cores']} cores;"
-    head += f" one thread a process.\nCommit {info['commit']}.\n\n"
-    rows = "| notebook | seconds | peak memory, MiB | found |\n|---|---|---|---|\n"
-    rows += "".join(f"| {n} | {r['seconds']:.0f} | {r['peak_mib']} | {r['found']} |\n" for n, r in runs.items())
+    head += " `scripts/params/runs/NAME_smoke.yaml`, its figures checked. Memory: peak of the resident memory of its"
+    head += f" processes together. {one['cpus']} cores, one thread a process; the load is the machine's, mean of a minute."
+    head += f" torch {one['versions']['torch']}.\n\n"
+    rows = "| notebook | seconds | load | peak memory, MiB | found |\n|---|---|---|---|---|\n"
+    for name, r in sorted(runs.items()):
+        rows += f"| {name} | {r['seconds']:.0f} | {r['load']:.0f} | {r['peak_mib']} | {r['found']} |\n"
     return head + rows
 
 
@@ -158,15 +161,14 @@ def main():
     p.add_argument("--only", action="append", choices=NAMES, help="this notebook (repeatable)")
     a = p.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    runs, loads = {}, []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in a.only or NAMES:
-            runs[name] = smoke(name, Path(folder)/name)
-            loads.append(os.getloadavg()[0])
-            print(f"{name}: {runs[name]['seconds']} s, {runs[name]['peak_mib']} MiB, {runs[name]['found']}", flush=True)
-    info = run_info() | dict(load=sum(loads)/len(loads), cores=os.cpu_count())
-    write_json(f"{a.out}.json", dict(runs=runs, load=round(info["load"], 2), cores=info["cores"], run=run_info()))
-    write_text(f"{a.out}.md", page(runs, info))
+    file = Path(f"{a.out}.json")
+    runs = json.loads(file.read_text()) if a.only and file.exists() else {}
+    for name in a.only or NAMES:
+        with tempfile.TemporaryDirectory() as folder:
+            runs[name] = smoke(name, Path(folder))
+        print(f"{name}: {runs[name]['seconds']} s, {runs[name]['peak_mib']} MiB, {runs[name]['found']}", flush=True)
+        write_json(file, runs)
+        write_text(f"{a.out}.md", page(runs))
 
 
 if __name__ == "__main__":
