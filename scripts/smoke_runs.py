@@ -146,8 +146,8 @@ def page(runs: dict) -> str:
     one = next(iter(runs.values()))["run"]
     head = "# Run notebooks in their smoke mode\n\n`python scripts/smoke_runs.py`: each in a process of its own, with"
     head += " `scripts/params/runs/NAME_smoke.yaml`, its figures checked. Memory: peak of the resident memory of its"
-    head += f" processes together. {one['cpus']} cores, one thread a process; the load is the machine's, mean of a minute."
-    head += f" torch {one['versions']['torch']}.\n\n"
+    head += f" processes together. {one['cpus']} cores, one thread a process; the load is the machine's, mean of a"
+    head += f" minute. torch {one['versions']['torch']}.\n\n"
     rows = "| notebook | seconds | load | peak memory, MiB | found |\n|---|---|---|---|---|\n"
     for name, r in sorted(runs.items()):
         rows += f"| {name} | {r['seconds']:.0f} | {r['load']:.0f} | {r['peak_mib']} | {r['found']} |\n"

@@ -187,7 +187,6 @@ def test_same_seed_same_metrics(tmp_path):
     steps_of |= {("probe_scenes", "30"): {"material", "pairs"} | last}
     steps_of |= {("distil", "{'max_steps': 12, 'learning_rate': 4e-3}"): {"distil", "agreement", "pairs"} | last}
     steps_of |= {("seed", "2"): ALL}
-    assert run(tmp_path / "a", target="a.ipynb")[0] == 0
     given = []
     for changed, steps in steps_of.items():  # on top of what was changed before: only the last state is kept
         given += changed
