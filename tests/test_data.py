@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from judge import judge
+from ray_head import ray_head, workers
 
 ROOT, CANARY = Path(__file__).resolve().parent.parent, "sk-canary-7d20c4a91e55"
 MAIN = "from tita.data.data_cli import main; main()"
@@ -550,14 +551,36 @@ def test_a_200_mb_array_needs_little_memory(tmp_path):
     assert f"rows {3 * n}  images 300  found 300  missing 0" in r.stdout
 
 
+with_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is not installed: 'tita[ray]'")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    "A cluster on this machine: the process at its head, and the environment of who uses it."
+    with ray_head(28421) as (head, address):
+        yield head, {"RAY_ADDRESS": address}
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is not installed (pip install 'ray[data]')")
-def test_two_ray_actors_answer_like_one_process(world, tmp_path):
+@with_ray
+def test_two_ray_actors_answer_like_one_process(world, cluster, tmp_path):
+    "Also when one of them is killed in the middle: another takes its place, and every row is there exactly once."
     generate(world, tmp_path/"one.jsonl", code=1)
-    ray = "--engine", "ray", "--actors", 2, "--batch-size", 8
-    told = tita_data(*generating(world, tmp_path/"two.jsonl"), *ray, code=1)
-    assert by_key(rows_of(tmp_path/"two.jsonl")) == by_key(rows_of(tmp_path/"one.jsonl")), told
-    assert len(rows_of(tmp_path/"two.errors.jsonl")) == 6, told
+    wanted, (head, place) = by_key(rows_of(tmp_path/"one.jsonl")), cluster
+    for out, kill in (tmp_path/"two.jsonl", False), (tmp_path/"killed.jsonl", True):
+        ray = "--engine", "ray", "--actors", 2, "--batch-size", 1
+        p = start(*generating(world, out), *ray, **place)
+        while kill and len(rows_of(out)) < 30:
+            assert p.poll() is None, p.communicate()
+            time.sleep(.01)
+        if kill:
+            workers(head, "MapWorker")[0].kill()
+            assert len(rows_of(out)) < len(wanted), "it was killed too late"
+        told = "".join(p.communicate())
+        assert p.returncode == 1 and "Traceback" not in told, told
+        rows = rows_of(out)
+        assert len(rows) == len(wanted) == 39 * 3 * 2 and by_key(rows) == wanted, told
+        assert len(rows_of(out.with_suffix(".errors.jsonl"))) == 6, told
 
 
 ## The run notebook

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from configparser import ConfigParser
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -17,11 +16,13 @@ import yaml
 
 pytest.importorskip("fastapi", reason="the serve extra is not installed: pip install 'tita[serve]'")
 from typer.main import get_command
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from ray_head import ray_head
 from tita.core import data_url
 from tita.serve.replicas import application, settings_of
 from tita.serve.serve_cli import app as serve_app
 
-PORT = 18321
+PORT = 28321  # beyond those that Ray gives to its workers
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT/"scripts/serve"
 OPTIONS = {name for p in get_command(serve_app).params for name in p.opts}
@@ -103,17 +104,14 @@ def counted(handle) -> dict:
     return found
 
 
-def run_on_ray(out: Path):
+def run_on_ray(out: Path, address: str):
     import openai
     import ray
     from ray import serve
     from tita.decode.ask import load_decoder
     from tita.world.embedded import make_scenes
     scenes, decoder = make_scenes(8, seed=11), load_decoder(lam=.5)
-    head = start_ray()
-    while head.poll() is None and not ray.is_initialized():
-        with suppress(Exception):
-            ray.init(address=f"{ray.util.get_node_ip_address()}:{PORT + 1}")
+    ray.init(address=address)
     serve.start(http_options=dict(host="127.0.0.1", port=PORT))
     serve.run(application(dict(slots=4, lam=.5), replicas=2), name="tita")
     handle = serve.get_deployment_handle("Replica", "tita")
@@ -142,19 +140,8 @@ def run_on_ray(out: Path):
     out.write_text(json.dumps(told))
     serve.shutdown()
     ray.shutdown()
-    head.terminate()
-    head.wait()
-
-
-def start_ray():
-    "With ports that are known beforehand: Ray waits 30 s for those that its agents choose, and then gives up."
-    names = "", "dashboard-agent-grpc-", "dashboard-agent-listen-", "runtime-env-agent-", "metrics-export-"
-    ports = [f"--{name}port={PORT + i}" for i, name in enumerate(names, 1)]
-    patience = dict(RAY_agent_register_timeout_ms="600000", RAY_raylet_start_wait_time_s="600")
-    how = ["--head", "--num-cpus=2", "--include-dashboard=false", "--block"]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *how, *ports]
-    return subprocess.Popen(command, env=os.environ | patience)
 
 
 if __name__ == "__main__":
-    run_on_ray(Path(sys.argv[1]))
+    with ray_head(PORT + 1) as (_, address):
+        run_on_ray(Path(sys.argv[1]), address)

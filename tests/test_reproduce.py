@@ -183,10 +183,13 @@ def test_same_seed_same_metrics(tmp_path):
     assert code == 0 and ran(said)[0] == {"test"}, said[-3000:]
     assert "test: runs again, for this differs: rivals" in said
     assert "vcd" in results(tmp_path / "a")["scores"]["world_caption"]
-    expected = {("dpo", "{'num_train_epochs': 2}"): last, ("view", "diffusion-500"): {"pairs"} | last}
-    expected |= {("probe_scenes", "30"): {"material", "pairs"} | last, ("seed", "1"): ALL}
-    expected |= {("distil", "{'max_steps': 12, 'learning_rate': 4e-3}"): {"distil", "agreement", "pairs"} | last}
-    for given, steps in expected.items():
+    steps_of = {("dpo", "{'num_train_epochs': 2}"): last, ("view", "diffusion-500"): {"pairs"} | last}
+    steps_of |= {("probe_scenes", "30"): {"material", "pairs"} | last}
+    steps_of |= {("distil", "{'max_steps': 12, 'learning_rate': 4e-3}"): {"distil", "agreement", "pairs"} | last}
+    steps_of |= {("seed", "2"): ALL}
+    given = []
+    for changed, steps in steps_of.items():  # on top of what was changed before: only the last state is kept
+        given += changed
         code, said = run(tmp_path / "a", *given, target="a.ipynb")
         assert code == 0 and ran(said)[0] == steps, said[-3000:]
 
