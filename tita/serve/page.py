@@ -154,10 +154,11 @@ def _images(self: Page) -> tuple: # the image, and the gallery, or None without 
 def _conversation(self: Page) -> SimpleNamespace: # talk, question, ask, anew, and code: link, curl, Python
     "The conversation, where it is asked, and how to have it again."
     import gradio as gr
-    parts = SimpleNamespace(talk=gr.HTML(conversation_html([]), elem_id="talk", js_on_load=None))
+    parts = SimpleNamespace(talk=gr.HTML(conversation_html([]), elem_id="talk",
+        elem_classes="tita-flush", js_on_load=None))
     with gr.Row():
         parts.question = gr.Textbox(placeholder="ask about the image", container=False, label="question", scale=5,
-            elem_id="question", max_lines=4, autofocus=True)
+            min_width=120, elem_id="question", max_lines=4, autofocus=True)
         parts.ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="ask")
         parts.anew = gr.Button("New", scale=1, min_width=80, elem_id="anew")
     with gr.Accordion("The same again: link, curl, Python", open=False):
@@ -294,7 +295,7 @@ def blocks(self: Page):
     import gradio as gr
     title = f"{self.service.name}, base and aligned"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.HTML(TITLE, js_on_load=None)
+        gr.HTML(TITLE, elem_classes="tita-flush", js_on_load=None)
         with gr.Row(elem_classes="tita-page"):
             with gr.Column(min_width=270, elem_classes="tita-images"):
                 image, gallery = self._images()
