@@ -21,7 +21,7 @@ from tita.serve.serve_cli import serving
 from tita.world.embedded import make_scenes
 
 DONE = "() => document.querySelectorAll('.tita-words').length === 2 && !document.querySelector('[aria-busy]')"
-LOOKS = dict(light=(1180, 830, "light"), dark=(1180, 830, "dark"), phone=(390, 1500, "light"))
+LOOKS = dict(light=(1180, 970, "light"), dark=(1180, 970, "dark"), phone=(390, 1500, "light"))
 
 
 def shoot(browser, url: str, to: Path, width: int, height: int, scheme: str):
