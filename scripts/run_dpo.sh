@@ -5,6 +5,7 @@
 #   METHOD          dpo, sft or distill
 #   GPUS            devices, as 0,1,2,3 (with DS_ACCELERATOR=cpu: as many processes)
 #   LAUNCHER        deepspeed, torchrun or accelerate
+#   MASTER_PORT     where the processes meet, for a second training on one machine with deepspeed (default: 29500)
 # Flags after the script's name win over the YAML: --resume, --overwrite, --output_dir, --learning_rate ...
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,7 +29,7 @@ where=(--include "localhost:$GPUS")
 [ "${DS_ACCELERATOR:-}" = cpu ] && where=(--num_accelerators "$n")
 train=(tita-train "$METHOD" --config "$PARAMS" --pairs $PAIRS --images $IMAGES "$@")
 case "$LAUNCHER" in
-  deepspeed) exec deepspeed "${where[@]}" --no_python "${train[@]}" ;;
+  deepspeed) exec deepspeed "${where[@]}" ${MASTER_PORT:+--master_port "$MASTER_PORT"} --no_python "${train[@]}" ;;
   torchrun) CUDA_VISIBLE_DEVICES=$GPUS exec torchrun --standalone --nproc_per_node "$n" --no-python "${train[@]}" ;;
   accelerate) CUDA_VISIBLE_DEVICES=$GPUS exec accelerate launch --multi_gpu --num_processes "$n" --no_python "${train[@]}" ;;
   *) echo "LAUNCHER=$LAUNCHER is none of deepspeed, torchrun, accelerate" >&2; exit 2 ;;

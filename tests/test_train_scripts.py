@@ -8,6 +8,7 @@ import torch
 from test_train import ROOT, finish, flags, folder, losses, start, weights  # noqa: F401 (folder is a fixture)
 from test_train_processes import pytestmark  # noqa: F401
 from test_train_recipes import METHOD, RECIPES, arguments, written  # noqa: F401 (written is a fixture)
+from tita.train.training_runs import free_port
 from transformers import AutoModelForImageTextToText
 
 LIMIT = 1800  # seconds; the first run compiles DeepSpeed's operators
@@ -15,7 +16,8 @@ LIMIT = 1800  # seconds; the first run compiles DeepSpeed's operators
 
 def shell(script, folder, *more, **env):
     "A script of ours in a shell; exit code and what it said."
-    usual = dict(IMAGES=f"{folder}/images", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TITA_PROGRESS="0")
+    usual = dict(IMAGES=f"{folder}/images", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TITA_PROGRESS="0",
+        MASTER_PORT=str(free_port()))
     command = ["bash", str(ROOT / "scripts" / script), *map(str, more)]
     run = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), **usual, **env}, cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LIMIT)
@@ -81,7 +83,6 @@ wait $first && wait $second
 
 def test_slurm_script(folder, written, tmp_path):
     "Two nodes that find each other, one process on each; a requeued job goes on."
-    from tita.train.training_runs import free_port
     (tmp_path / "bin").mkdir()
     for name, text in dict(sbatch=SBATCH, srun=SRUN, scontrol="#!/bin/sh\necho localhost\n").items():
         (tmp_path / "bin" / name).write_text(text)

@@ -43,7 +43,7 @@ except ImportError:
     RequestRouter = object
 
 class Sticky(RequestRouter):
-    "Ray Serve's choice of a replica by the first argument of a call, see `ranked`."
+    "Ray Serve's choice of a replica by the first argument of a call, in the order above."
     async def choose_replicas(self, candidate_replicas: list, pending_request=None) -> list[list]:
         by_id = {r.replica_id.unique_id: r for r in candidate_replicas}
         name = pending_request.args[0] if pending_request is not None and pending_request.args else ""
