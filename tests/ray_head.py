@@ -10,12 +10,14 @@ from pathlib import Path
 
 import psutil
 
+# Ray reads these when it is imported, so they are there before: for the head and for whoever asks it.
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
 
 def start_ray(port: int, log) -> subprocess.Popen:
     "With ports that are known beforehand, see `note_ports`."
     names = "", "dashboard-agent-grpc-", "dashboard-agent-listen-", "runtime-env-agent-", "metrics-export-"
     ports = [f"--{name}port={port + i}" for i, name in enumerate(names)]
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  # for who is started from here, too
     patience = dict(RAY_agent_register_timeout_ms="600000", RAY_USAGE_STATS_ENABLED="0")
     how = ["--head", "--num-cpus=2", "--include-dashboard=false", "--block"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *how, *ports]
