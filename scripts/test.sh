@@ -97,6 +97,7 @@ case "${1:-}" in
     --slow|--gpu)
         mark=${1#--}; shift
         step "notebook cells marked $mark" run_flagged "$mark"
+        [ "$mark" = gpu ] || set -- -n "$workers" --dist loadfile "$@" # a GPU is not shared
         step "tests marked $mark" run_pytest -m "$mark" "$@"
         ;;
     "")
