@@ -328,9 +328,14 @@ async def get(self: Client, body: dict) -> Reply:
     return reply
 
 # %% ../../nbs/api/33_client.ipynb #c0de0004
-async def _crew(work, items, endpoint: Endpoint, settings: Settings, results: queue.Queue):
+def _at_once(endpoint: Endpoint) -> int: # requests
+    "How many requests are under way at an endpoint."
+    return endpoint.concurrency or 8
+
+async def _crew(work, items, endpoint: Endpoint, settings: Settings, results: queue.Queue, room: asyncio.Semaphore):
     "Work on items, so many at a time, and put what becomes of them into a queue."
     async def worker(client):
+        await room.acquire()
         for item in items:
             try:
                 results.put((item, await work(client, item), None))
@@ -338,9 +343,10 @@ async def _crew(work, items, endpoint: Endpoint, settings: Settings, results: qu
                 known = isinstance(e, TitaError)
                 results.put((item, None, e if known else TitaError(f"{type(e).__name__}: {e}")))
             await asyncio.sleep(0)  # lets the others go on, and an end of it all come through
+            await room.acquire()  # until the reader comes back
     try:
         async with Client(endpoint, settings) as client, asyncio.TaskGroup() as group:
-            for _ in range(endpoint.concurrency or 8):
+            for _ in range(_at_once(endpoint)):
                 group.create_task(worker(client))
     except ExceptionGroup as e:  # the items themselves cannot be read
         raise e.exceptions[0] from None
@@ -353,18 +359,21 @@ def concurrently(
     settings: Settings = Settings(), # how
 ): # (item, result, None) or (item, None, TitaError), as they are finished
     "Work on items concurrently, in a thread of its own."
-    results, loop = queue.Queue(), asyncio.new_event_loop()
-    crew = loop.create_task(_crew(work, iter(items), endpoint, settings, results))
+    results, loop, room = queue.Queue(), asyncio.new_event_loop(), asyncio.Semaphore(_at_once(endpoint))
+    crew = loop.create_task(_crew(work, iter(items), endpoint, settings, results, room))
     crew.add_done_callback(lambda c: results.put(c))
     thread = threading.Thread(target=_run_to_end, args=(loop, crew), daemon=True)
     thread.start()
+    def tell(what):
+        with suppress(RuntimeError): # the loop is closed
+            loop.call_soon_threadsafe(what)
     try:
         while (r := results.get()) is not crew:
             yield r
+            tell(room.release)
         crew.result()
     finally:
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(crew.cancel)
+        tell(crew.cancel)
         thread.join()
 
 # %% ../../nbs/api/33_client.ipynb #c0de0005

@@ -18,6 +18,7 @@ import tita.eval.benchmarks  # its tasks are found by name
 from .eval_runs import Plan, Run, read_run, read_samples, results_lines, run_tasks, score_run
 from .eval_runs import take_answers, write_submission
 from .tasks import TASKS, find_tasks, include_tasks, missing_files
+from ..options import Bound, Device, Dtype, Ref, Seed, Temperature
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900021
 def parse_lams(text: str) -> list[float | None]: # None: the recommended setting
@@ -31,7 +32,6 @@ def endpoint_system(url: str, model: str, key_env: str | None, temperature: floa
     "A model behind an OpenAI-compatible server."
     from tita.api.client import EndpointAnswerer, Settings
     from tita.api.endpoints import any_endpoint
-    from tita.eval.judging import HeldBack
     from tita.eval.systems import System
     class Shown(EndpointAnswerer):
         def picture(self, row):
@@ -39,8 +39,7 @@ def endpoint_system(url: str, model: str, key_env: str | None, temperature: floa
     endpoint = any_endpoint(url, model, key_env=key_env, needs_key=False)
     def answers(rows, max_new_tokens):
         settings = Settings(max_tokens=max_new_tokens, temperature=temperature, suffix=suffix, stream=False)
-        held = HeldBack(rows, endpoint.concurrency or 8)
-        yield from held.settle(Shown(endpoint, settings=settings).answers(held))
+        yield from Shown(endpoint, settings=settings).answers(rows)
     about = dict(endpoint=endpoint.base_url, model=model, temperature=temperature, suffix=suffix)
     return System(model, answers, about)
 
@@ -181,21 +180,15 @@ PredictOnly = option(bool, "ask only; score later with `tita-eval score`", "--pr
 Model = option(str, "a model alone: folder or hub name, or with --endpoint its id there")
 Url = option(str, "an OpenAI-compatible server, http://HOST:PORT/v1", "--endpoint")
 KeyEnv = option(str, "environment variable that holds the server's key")
-Temperature = option(float, "0 is greedy", min=0)
 Repeats = option(int, "samples of each answer", min=1)
-Seed = option(int, "of what is drawn")
 _Batch = option(int, "questions read ahead", min=1)
-Device = option(str, "cpu, cuda or auto")
-Dtype = option(str, "of named models: auto, float32, bfloat16")
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900043
 Base = option(str, "base: folder or hub name [default: the embedded pair]")
 Reward = option(str, "its reward")
-Ref = option(str, "the reward before its training")
 Dpo = option(str, "the base itself after DPO, as a row to compare with")
 Lam = option(str, "strengths; 0 is the base alone, default the recommended setting")
 _Form = option(str, "interpolate, ratio or arm")
-Bound = option(float, "clip the guidance to ±bound nats")
 Gate = option(str, "agreement:0.3, entropy:0.7 or margin:1")
 Baselines = option(str, "vcd, icd, m3id, pai, image_cfg, blur_cfg: further rows")
 BestOf = option(int, "also the best of so many answers by the reward", "--best-of")

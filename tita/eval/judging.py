@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WINNERS', 'REPLIED', 'BESIDE', 'read_score', 'read_two', 'read_winner', 'Rubric', 'fill', 'what_is_asked', 'Judge',
-           'judge_at', 'HeldBack', 'judgements', 'judge_figures', 'judged_grades', 'judged_pairs', 'judge_counts']
+           'judge_at', 'judgements', 'judge_figures', 'judged_grades', 'judged_pairs', 'judge_counts']
 
 # %% ../../nbs/eval/57_judging.ipynb #e5700004
-import re, threading
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -152,29 +152,6 @@ async def one(self: Judge, client: Client, task: dict) -> Reply:
             unread.append(dict(raw=reply.text, why=str(e)))
             talk = _told_off(asked, reply.text, str(e))
     return replace(reply, question=task | dict(scores=None, unread=unread))
-
-# %% ../../nbs/eval/57_judging.ipynb #e5700041
-class HeldBack:
-    "Items for somebody who works ahead: at most so many are out that are not yet settled."
-    def __init__(self, items, most: int):
-        self.items, self.room = iter(items), threading.Semaphore(most)
-    def __iter__(self):
-        return self
-    def __next__(self):
-        self.room.acquire(timeout=5)
-        return next(self.items)
-
-    def settle(self, done):
-        "Walk through what comes back; one more item may go out whenever the next is asked for."
-        for it in done:
-            yield it
-            self.room.release()
-
-@patch
-def answers(self: Judge, tasks):
-    "Replies to all of `what_is_asked`, as they come. Raises what concerns all of them."
-    held = HeldBack(tasks, self.endpoint.concurrency or 8)
-    yield from held.settle(EndpointAnswerer.answers(self, held))
 
 # %% ../../nbs/eval/57_judging.ipynb #e5700021
 def _kept(task: dict, scores, raw: str, unread: Sequence) -> dict:
