@@ -34,7 +34,7 @@ from tita.world.embedded import tiny_processor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/"scripts"))
-from study_world import models_of  # how the rewards are trained
+from study_world import line, models_of  # how the rewards are trained
 
 KINDS = "caption", "pope_adversarial", "color", "text"
 LAMS = .25, .5, 1., 2.
@@ -68,10 +68,15 @@ def decoders(models: dict) -> dict: # name -> what makes its decoder, and how it
     return made
 
 
+def system_names() -> list:
+    "Every system's name, in the order of the tables."
+    return list(decoders(dict.fromkeys(("base", "before", "after", "base_dpo"))))
+
+
 def asked(seed: int, args) -> Path: # the folder with a run of each system
     "Ask every system of a seed everything. A system that was not finished begins anew, so that its cost is whole."
     out, made = args.runs/f"seed{seed}"/f"systems_{args.scenes}", None
-    for name in decoders(dict.fromkeys(("base", "before", "after", "base_dpo"))):
+    for name in system_names():
         folder = out/name.replace(" ", "_")
         if (folder/"results.json").is_file() and read_run(folder)["scores"]:
             continue
@@ -104,7 +109,7 @@ def gathered(folders: dict) -> tuple: # system -> task -> rows of all seeds; -> 
                 of = cost.setdefault(name, {}).setdefault(task, dict(forwards=0, tokens=0, questions=0))
                 for unit, n in dict(forwards=counts["forwards"], tokens=counts["tokens"], questions=len(some)).items():
                     of[unit] += n
-    order = list(decoders(dict.fromkeys(("base", "before", "after", "base_dpo"))))
+    order = system_names()
     return {n: rows[n] for n in order}, {n: cost[n] for n in order}, seconds
 
 
@@ -116,10 +121,6 @@ def value_of(rows: list, metric: str, seed: int | None = None) -> float:
     "A metric in percent, of all seeds or of one."
     some = [r for r in rows if seed in (None, r["seed"])]
     return bootstrap({"it": by_image(some, [metric])}, n=2)["systems"]["it"][metric]["value"]
-
-
-def line(cells) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def cost_table(rows: dict, cost: dict, seconds: dict, tasks: dict, compared: dict) -> str:

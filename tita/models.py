@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOLD', 'load_vlm', 'load_processor', 'chat_prompt', 'opened', 'prompt_ids', 'answer_ids', 'vocab_size', 'check_pair',
-           'vision_tower', 'same_tower', 'few_weights', 'looks_of', 'remember_base', 'shared_with', 'looks_once',
-           'with_tower', 'inside_peft', 'image_token', 'short_name']
+           'vision_tower', 'same_tower', 'short_name', 'name_of', 'few_weights', 'looks_of', 'remember_base',
+           'shared_with', 'looks_once', 'with_tower', 'inside_peft', 'image_token']
 
 # %% ../nbs/02_models.ipynb #ffc2d80f
 import contextlib, copy, re
@@ -230,6 +230,19 @@ def same_tower(a, b) -> bool:
     read = "vision_feature_layer", "vision_feature_select_strategy"
     return all(getattr(a.config, k, None) == getattr(b.config, k, None) for k in read) and _same_weights(*towers)
 
+# %% ../nbs/02_models.ipynb #70e40008
+def short_name(
+    model: str | Path, # folder or hub name; `world` is the embedded base, whatever lies here under that name
+) -> str: # that of the hub, or the last two parts of the folder
+    "What a model is called in files and results."
+    path = Path(model).expanduser()
+    is_folder = path.is_dir() and str(model) != "world"
+    return "/".join((path.resolve() if is_folder else path).parts[-2:])
+
+def name_of(model) -> str:
+    "What a loaded model is called in files and messages."
+    return short_name(getattr(model.config, "name_or_path", "") or type(model).__name__)
+
 # %% ../nbs/02_models.ipynb #20c00031
 TOLD = 64 # weights that tell a model from others
 
@@ -245,8 +258,7 @@ def few_weights(model) -> list[float]: # `TOLD` of them; none where a model lies
 
 def looks_of(base) -> dict: # for `remember_base`
     "What a reward's configuration says of its base."
-    name = getattr(base.config, "name_or_path", "") or type(base).__name__
-    return dict(name="/".join(Path(name).parts[-2:]), weights=few_weights(base))
+    return dict(name=name_of(base), weights=few_weights(base))
 
 # %% ../nbs/02_models.ipynb #20c00033
 def _is_same(weights: list[float], others: list[float]) -> bool:
@@ -303,12 +315,3 @@ def image_token(model) -> int | None:
     "Id of the token that stands for an image; None for a model without a vision tower."
     model = inside_peft(model)
     return getattr(model.config, "image_token_id", None) if vision_tower(model) is not None else None
-
-# %% ../nbs/02_models.ipynb #70e40008
-def short_name(
-    model: str | Path, # folder or hub name; `world` is the embedded base, whatever lies here under that name
-) -> str: # that of the hub, or the last two parts of the folder
-    "What a model is called in files and results."
-    path = Path(model).expanduser()
-    is_folder = path.is_dir() and str(model) != "world"
-    return "/".join((path.resolve() if is_folder else path).parts[-2:])

@@ -14,7 +14,8 @@ import torch
 from fastcore.basics import patch
 from ..core import JsonlWriter, TitaError, progress, read_jsonl, seed_for, write_json, whole_text
 from ..decode.decoder import AlignedDecoder
-from ..decode.lineup import SERVER, name_of
+from ..decode.lineup import SERVER
+from ..models import name_of
 from ..rows import ImageFolder, find_image
 from ..views import parse_view
 

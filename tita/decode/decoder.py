@@ -81,10 +81,7 @@ def _usual(self: AlignedDecoder, form, weights) -> dict: # form, lam, bound, gat
     "What holds where λ, bound and gate are not named: `OWN` for the base's own reward, else `SAFE`."
     is_one = len(self.rewards) == 1 and weights == (1.,)
     usual = guidance_for(shared_with(*self.rewards, self.base) if is_one else None)
-    if usual["form"] == OWN["form"] and form in (None, OWN["form"]):
-        self.references = self.references if form else [] # not needed: the reward is compared with the base itself
-        return usual
-    return SAFE | dict(form=form)
+    return usual if form in (None, usual["form"]) and usual["form"] == OWN["form"] else SAFE | dict(form=form)
 
 @patch
 def _guidance(self: AlignedDecoder, form, lam, bound, gate, plausibility, weights) -> Guidance:
@@ -96,6 +93,8 @@ def _guidance(self: AlignedDecoder, form, lam, bound, gate, plausibility, weight
     how = dict(form=form, lam=SAFE["lam"] if lam is None else lam, bound=bound, gate=gate)
     if (lam, bound, gate) == (None, None, None):
         how = self._usual(form, weights)
+        if how["form"] != form: # chosen here: the reward is compared with the base itself, and needs no reference
+            self.references = []
     has_reference = self.references or any(map(has_adapter, self.rewards))
     how["form"] = how["form"] or ("ratio" if has_reference else "interpolate")
     guidance = Guidance(**how, plausibility=plausibility, weights=weights)

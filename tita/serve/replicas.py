@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 from ..core import TitaError
-from .chat import Limits
+from .chat import ApiError, Limits
 from .serve_cli import build_app, serve
 
 # %% ../../nbs/serve/95_replicas.ipynb #89c00007
@@ -128,7 +128,7 @@ class Entrance:
     async def __call__(self, request) -> Response:
         body = await body_of(request)
         if body is None:
-            error = dict(message="the body is too large", type="invalid_request_error", param=None, code=None)
+            error = ApiError(413, "the body is too large").error
             return Response(json.dumps(dict(error=error)), 413, media_type="application/json")
         pieces = self.replica.answer.remote(image_key(body), plain_scope(request.scope), body)
         status, headers = await anext(pieces)

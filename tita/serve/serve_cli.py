@@ -204,8 +204,7 @@ def _examples(folder: Path | None, base: str | None, most: int = 24) -> dict:
     if folder is None:
         from tita.world.embedded import make_scenes
         return {} if base else {f"scene-{i}": s.image for i, s in enumerate(make_scenes(8, seed=5), 1)}
-    kinds = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
-    paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in kinds)[:most]
+    paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)[:most]
     if not paths:
         raise TitaError(f"{folder}: no image in it; name a folder with .png, .jpg or .webp files")
     return {p.name: open_image(p) for p in paths}

@@ -17,7 +17,7 @@ from ..decode.guidance import SAFE, guidance_for
 from ..steps import DoneStep, Steps, code_of, content_of, images_content
 from . import own_reward as own, stages as job
 from .reproduction import Reproduction, best_of_gains, candidates, chosen_tasks, divided, gains
-from .reproduction import own_questions, training_fields, world_questions
+from .reproduction import own_questions, training_fields, with_recipe, world_questions
 
 # %% ../../nbs/studies/89_chain.ipynb #88a00018
 NOT_SETTINGS = "out", "dry_run", "check_machine"
@@ -159,9 +159,8 @@ def train(self: Chain,
     "`tita-train` with a file of settings that stays in the folder; in this process, if one is enough."
     import yaml
     from tita.train import launch, recipes
-    recipe = recipes.read_settings(given["config"]) if given.get("config") else {}
-    settings = recipe | {k: v for k, v in given.items() if k != "config"}
-    settings |= dict(output_dir=folder/"model", resume=True, seed=self.s.seed, processor=self.base, chat_template=None)
+    settings = with_recipe(given) | dict(output_dir=folder/"model", resume=True, seed=self.s.seed)
+    settings |= dict(processor=self.base, chat_template=None)
     plain = {k: _as_yaml(v) for k, v in training_fields(method, settings).items()}
     write_text(folder/"settings.yaml", yaml.safe_dump(plain, sort_keys=False))
     self.free()

@@ -14,7 +14,7 @@ from ..decode.guidance import SAFE
 from . import budget, stages as job
 from .chain import WORLD_DISTIL, Chain
 from .reproduction import Reproduction, candidates, chosen_tasks, divided, own_questions, problems
-from .reproduction import source_sizes
+from .reproduction import source_sizes, with_recipe
 
 # %% ../../nbs/studies/90_outline.ipynb #88a0002d
 def _of_a_mix(s: Reproduction) -> tuple[list, int]:
@@ -40,16 +40,13 @@ def planned_questions(s: Reproduction) -> dict: # part -> (rows, images)
 # %% ../../nbs/studies/90_outline.ipynb #90a00006
 def _adapter_share(given: Mapping, size) -> float:
     "About which share of a model LoRA trains: 19 d r of 12 d² parameters of a layer."
-    from tita.train.recipes import read_settings
-    said = (read_settings(given["config"]) if given.get("config") else {}) | dict(given)
+    said = with_recipe(given)
     width = (size.language / (12 * size.layers)) ** .5
     return min(1., 1.6 * said.get("lora_r", 16) / width) if said.get("use_peft") else 1.
 
 def _course(given: Mapping, rows: int, usual: Mapping) -> tuple[float, int]:
     "Passes over the rows, and rows in a step, of one training."
-    from tita.train.recipes import read_settings
-    recipe = read_settings(given["config"]) if given.get("config") else {}
-    said = dict(usual) | recipe | dict(given)
+    said = dict(usual) | with_recipe(given)
     batch = int(said.get("per_device_train_batch_size", 8)) * int(said.get("gradient_accumulation_steps", 1))
     steps = int(said.get("max_steps", -1))
     return (steps * batch / max(1, rows) if steps > 0 else float(said.get("num_train_epochs", 3))), batch
