@@ -359,9 +359,9 @@ def examples_of(
 # %% ../../nbs/studies/82_stages.ipynb #f7d9914e
 _STORY = """
 A large vision-language model ({base:,} parameters) answers questions about images, and its weights stay as they are. A
-small one ({reward:,}) learned the large one's answers to {teach} images, and then, from {pairs} pairs of its own
-answers to {probe} images, to prefer what it says of a clear image to what it says of a noised one. Nobody labelled
-anything. At every word that the large model is about to write, that preference is added."""
+small one ({reward:,}) learned the large one's answers to {teach:,} images, and then, from {pairs:,} pairs of its own
+answers to {probe:,} images, to prefer what it says of a clear image to what it says of a noised one. Nobody labelled
+anything. At every word that the large model is about to write, that preference is weighed in."""
 _WORLD = """
 Both are tiny and live in a drawn world whose contents are known, so that every answer can be checked; the same code
 runs real models."""
