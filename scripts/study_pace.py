@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""When is a draft worth it? Today's rule against one that always drafts, and against an earlier commit's.
+"""When is a draft worth it? Today's rule against one that always drafts, and against those of earlier commits.
 
-    python scripts/study_pace.py --reward runs/demo/reward --before cfad4d1 --out results/study_pace
+    python scripts/study_pace.py --reward runs/demo/reward --before cfad4d1 60fbe70 --out results/study_pace
 
-*draft 4*: always. *before*: `pace` and `speculation` as they were in that commit (lengths from 1 to 8, a line fitted
-through their costs, trust in promises, pauses between looks, lazy steps). *auto*: today's rule, a draft of four where
-it pays. All decode the same cases, in turn in one process; a figure is the median over rounds of the speed over that
-of draft 0 in that round. In every case each rule starts anew, and learns in a round before the first that counts.
+*draft 4*: always. *cfad4d1* and *60fbe70*: `pace` and `speculation` as they were in that commit; the first had
+lengths from 1 to 8, a line fitted through their costs, trust in promises, pauses between looks and lazy steps, the
+second a draft of four where it pays. *auto*: today's rule, a draft as long as its last token is worth it. All decode
+the same cases, in turn in one process; a figure is the median over rounds of the speed over that of draft 0 in that
+round. In every case each rule starts anew, and learns in a round before the first that counts.
 """
 import argparse
 import math
@@ -22,7 +23,7 @@ from tita.core import cli, run_info, write_json, write_text
 from tita.decode import pace, speculation
 from tita.decode.decoder import AlignedDecoder
 from tita.decode.engine import Row
-from tita.decode.guidance import SAFE
+from tita.decode.guidance import OWN
 from tita.world.embedded import load_models, make_scenes
 
 QUESTION = "Describe the image."
@@ -52,13 +53,13 @@ class Rule(NamedTuple):
     pace: type
 
 
-def rules(commit: str) -> dict[str, Rule]:
-    old, engine = earlier(commit), speculation.SpeculativeEngine
-    return {
-        "draft 0": Rule(0, engine, pace.Pace),
-        "draft 4": Rule(4, engine, pace.Pace),
-        "before": Rule("auto", old["speculation"].SpeculativeEngine, old["pace"].Pace),
-        "auto": Rule("auto", engine, pace.Pace)}
+def rules(commits: list[str]) -> dict[str, Rule]:
+    engine = speculation.SpeculativeEngine
+    found = {"draft 0": Rule(0, engine, pace.Pace), "draft 4": Rule(4, engine, pace.Pace)}
+    for commit in commits:
+        old = earlier(commit)
+        found[commit] = Rule("auto", old["speculation"].SpeculativeEngine, old["pace"].Pace)
+    return found | {"auto": Rule("auto", engine, pace.Pace)}
 
 
 def decode(dec, pairs: list, new: int | None, rule: Rule, known) -> float: # tokens a second of processor time
@@ -104,21 +105,22 @@ def mean(cases: list, name: str) -> float:
 def markdown(result: dict, names: list) -> str:
     "The table, and what it says."
     cases, versions = result["cases"], result["versions"]
+    earlier_rules = " and ".join(f"*{commit}*" for commit in result["before"])
     lines = ["| case | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
     lines += [f"| {title(c)} | " + " | ".join(f"{c['ratios'][n]:.2f}" for n in names) + " |" for c in cases]
     lines.append("| **geometric mean** | " + " | ".join(f"**{mean(cases, n):.2f}**" for n in names) + " |")
     made = (
         f"`python scripts/study_pace.py` on the embedded pair of seed 0, {result['reward']}, recommended setting; "
-        f"*before* is commit {result['before']}. Times draft 0; medians of {result['rounds']} rounds in which the "
-        "rules take turns in one process, processor time of one thread (other programs ran on this machine meanwhile). "
+        f"{earlier_rules}: the rules of those commits. Times draft 0; medians of {result['rounds']} rounds in which "
+        "the rules take turns in one process, processor time of one thread (other programs ran on this machine meanwhile). "
         f"{result['cpus']} cores, torch {versions['torch']}, commit {(result['commit'] or 'unknown')[:12]}.")
     return "\n\n".join(["# When is a draft worth it?", made, "\n".join(lines)]) + "\n"
 
 
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--reward", help="folder of a trained reward [the reward before its training, as interpolation]")
-    p.add_argument("--before", default="cfad4d1", help="commit of the earlier rule")
+    p.add_argument("--reward", help="folder of a trained reward [the reward before its training]")
+    p.add_argument("--before", nargs="*", default=["cfad4d1", "60fbe70"], help="commits of earlier rules")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
     p.add_argument("--out", help="where the figures go: OUT.json and OUT.md")
@@ -133,12 +135,11 @@ def main():
     base, before, processor = load_models(0)
     for model in (base, before):
         model.config.text_config.max_position_embeddings = 4096
-    how = dict(ref=before, **SAFE) if args.reward else dict(form="interpolate", lam=.6, bound=1.)
     reward = before
     if args.reward:
         reward = AutoModelForImageTextToText.from_pretrained(args.reward, dtype=torch.float32).eval()
     reward.config.text_config.max_position_embeddings = 4096
-    dec = AlignedDecoder(base, reward, processor, **how)
+    dec = AlignedDecoder(base, reward, processor, **OWN)
     scenes, kinds = make_scenes(32, seed=99), rules(args.before)
     said = "a trained reward" if args.reward else "the reward before its training"
     result = dict(cases=[], rounds=args.rounds, before=args.before, reward=said, **run_info())

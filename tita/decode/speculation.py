@@ -191,9 +191,8 @@ def _block(self: SpeculativeEngine, k: int):
     block, drafted = self._write_draft(k)
     verdict = self._verify(block, drafted)
     keep = self._ends_at(verdict.targets, standing(verdict.targets, block[:, 1:].cpu()))
-    tried = keep.clamp(max=k)
-    right = (verdict.hits[:, :k] & (torch.arange(k) < tried[:, None])).sum(1)
-    self.pace.note_drafts(float((right / tried).mean()), int(tried.sum()))
+    tried = torch.arange(k) < keep[:, None]  # (n, k)
+    self.pace.note_drafts((verdict.hits[:, :k] & tried).sum(0).tolist(), tried.sum(0).tolist())
     self._note(verdict, keep)
     self.speculated.blocks += 1
     self.speculated.drafted += k * self.n
@@ -317,7 +316,7 @@ def _plain(self: SpeculativeEngine):
     "One token a row, watching what the drafter would have done."
     super(SpeculativeEngine, self)._advance()
     if not self.forcing:
-        self.pace.note_drafts(float(self.hits.float().mean()), self.n)
+        self.pace.note_drafts([int(self.hits.sum())], [self.n])
 
 # %% ../../nbs/decode/17_speculation.ipynb #5b170023
 @patch
@@ -338,5 +337,5 @@ def _advance(self: SpeculativeEngine):
     length = 0 if plain or self.draft == "lazy" else self._draft_length()
     n, started = self.n, self.clock()
     self._block(length) if length else self._plain()
-    if self.draft == "auto" and length in (0, self.pace.draft):
-        self.pace.note_step(n, length, self.clock() - started)
+    if self.draft == "auto":
+        self.pace.note_step(n, length > 0, self.clock() - started)
