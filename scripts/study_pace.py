@@ -112,7 +112,8 @@ def markdown(result: dict, names: list) -> str:
     made = (
         f"`python scripts/study_pace.py` on the embedded pair of seed 0, {result['reward']}, recommended setting; "
         f"{earlier_rules}: the rules of those commits. Times draft 0; medians of {result['rounds']} rounds in which "
-        "the rules take turns in one process, processor time of one thread (other programs ran on this machine meanwhile). "
+        "the rules take turns in one process, processor time of one thread (other programs ran on this machine "
+        "meanwhile). "
         f"{result['cpus']} cores, torch {versions['torch']}, commit {(result['commit'] or 'unknown')[:12]}.")
     return "\n\n".join(["# When is a draft worth it?", made, "\n".join(lines)]) + "\n"
 
