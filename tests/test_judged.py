@@ -99,7 +99,7 @@ def test_asked_first_and_judged_later(data, tmp_path):
         asked = len(server.log)
         assert tita_eval("score", out, *judging(server)) == said and len(server.log) == asked
     assert "2 NOT JUDGED (4 of 48 judgements unreadable, 0 without a reply): no score in the reply" in said
-    assert "judged by stand-in in words of ours, 2 passes; 24 questions" in said
+    assert "judged by stand-in in words of ours, 2 passes; 24 questions" in said and "JUDGED BY ITSELF" in said
     [figures] = results(out)["scores"]["mt_bench"].values()
     rows = read_jsonl(next((out/"samples").glob("*.jsonl")))
     lengths = {turn: [len(r["answer"]) for r in rows if r["kinds"] == [turn] and r["scene"]] for turn in TURNS}

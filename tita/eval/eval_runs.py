@@ -319,7 +319,9 @@ def _gone(results: Mapping, task: str, system: str) -> list[str]:
     of, told = results["systems"][system], []
     if (lost := of["asked"][task])["missing"]:
         told.append(f"{lost['missing']} NOT ANSWERED: {next(iter(lost['failed'].values()), 'no answer came')}")
-    counts = of.get("judged", {}).get(task, {})
+    judge, counts = results["tasks"][task].get("judge"), of.get("judged", {}).get(task, {})
+    if judge and all(of.get(k) == judge[k] for k in ("endpoint", "model")):
+        told.append("JUDGED BY ITSELF")
     if counts.get("unread") or counts.get("failed"):
         how = f"{counts['unread']} of {counts['judgements']} judgements unreadable, {counts['failed']} without a reply"
         told.append(f"{counts['unjudged']} NOT JUDGED ({how}): {next(iter(counts['why']))}")

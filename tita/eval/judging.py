@@ -94,12 +94,17 @@ def _numbered(**several: Sequence[str]) -> dict:
     "Each under its name and its turn: question_1, question_2, ..."
     return {f"{name}_{i}": text for name, texts in several.items() for i, text in enumerate(texts, 1)}
 
+def _whole(texts: Sequence[str], n: int) -> list[str]:
+    "As many as there are turns: a conversation may have broken off."
+    return [""] * (n - len(texts)) + [*texts]
+
 def _shown(row: Mapping, first: Sequence[str], second: Sequence[str] | None, sees: bool) -> dict:
     "What a prompt may name."
     said, other = first[-1], second[-1] if second else None
     known = dict(question=row["text"], answer=said, first=said, second=other, answer_a=said, answer_b=other)
     asked = [t["text"] for t in row.get("earlier", ())] + [row["text"]]
-    turns = dict(question=asked, answer=first, answer_a=first, answer_b=second or (),
+    one, two = (_whole(texts or [""], len(asked)) for texts in (first, second))
+    turns = dict(question=asked, answer=one, answer_a=one, answer_b=two,
         ref_answer=row.get("references") or [row.get("reference", "")])
     return dict(row) | known | _numbered(**turns) | dict(see="see" if sees else "do not see")
 

@@ -45,8 +45,8 @@ def in_turns(
     while due:
         heard, lost = ask([r | {"text": asked_now(r)} for r in due])
         failed |= lost
-        if due is not rows and not heard:
-            why = next(iter(lost.values()), "no answer came")
+        if due is not rows and lost and not heard:
+            why = next(iter(lost.values()))
             raise TitaError(f"none of {len(due)} conversations goes on after the first answer: {why}")
         answered = [r for r in due if r["question_id"] in heard]
         due = [r for r in answered if len(r.get("earlier", ())) < len(r.get("before", ()))]
