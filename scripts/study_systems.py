@@ -4,10 +4,12 @@
     python scripts/study_systems.py                     seeds 0, 1 and 2, 300 scenes each
     python scripts/study_systems.py --seed 0 --scenes 40 --pairs 100 --out /tmp/x --runs /tmp/y           a quick look
 
-The base, its reward alone, DPO of the base itself, the base aligned at four strengths, every training-free baseline,
-best of n and sentence search answer the same questions; forwards and tokens are counted in all models, for captions as
-for the rest. Writes results/study_systems.{md,json,png}. Rewards are trained as in scripts/study_world.py, in the same
-folder (runs/study_world/); what is trained or answered is kept, so a study that was killed goes on.
+The base, its reward alone, DPO of the base itself, the base aligned at four strengths and by the default setting, every
+training-free baseline, best of n and sentence search answer the same questions; forwards and tokens are counted in all
+models, for captions as for the rest. The searches draw, which costs accuracy by itself: so the base is also sampled
+once, at the temperatures that they draw at. Writes results/study_systems.{md,json,png}. Rewards are trained as in
+scripts/study_world.py, in the same folder (runs/study_world/); what is trained or answered is kept, so a study that was
+killed goes on.
 """
 import argparse
 import json
@@ -38,7 +40,8 @@ from study_world import line, models_of  # how the rewards are trained
 
 KINDS = "caption", "pope_adversarial", "color", "text"
 LAMS = .25, .5, 1., 2.
-BASE, FIRST = "base", "λ=1"
+HEATS = 1., .5 # temperatures of what is drawn
+BASE, FIRST, MEAN = "base", "λ=1", "mean, λ=0.5"
 TITLES = dict(caption="captions: CHAIR_i, lower is better", pope_adversarial="POPE adversarial: accuracy",
     color="colours: accuracy", text="words on signs: accuracy", text_only="answers of the right form, no picture")
 
@@ -56,15 +59,29 @@ def aligned(models: dict, lam: float) -> AlignedDecoder:
     return AlignedDecoder(models["base"], models["after"], tiny_processor(), models["before"], form="ratio", lam=lam)
 
 
+def averaged(models: dict) -> AlignedDecoder:
+    "The base guided by the mean with its reward, as it is by default for a reward without a reference."
+    return AlignedDecoder(models["base"], models["after"], tiny_processor(), form="interpolate", lam=.5)
+
+
+def drawn_at(models: dict, heat: float) -> dict: # name -> what makes its decoder, and how it searches
+    "What draws at a temperature: the base once, and the two searches."
+    how, at = dict(temperature=heat, seed=0), f" at T={heat:g}"
+    searching, sentence = partial(aligned, models, 1.), dict(search=sentence_search, n=4, end=",")
+    return {f"base, sampled{at}": (partial(AlignedDecoder, models["base"], processor=tiny_processor()), how),
+        f"best of 4{at}": (searching, how | dict(search=best_of, n=4)),
+        f"sentence search of 4{at}": (searching, how | sentence)}
+
+
 def decoders(models: dict) -> dict: # name -> what makes its decoder, and how it searches
     "Every system by its name."
     alone = {BASE: "base", "reward alone, before DPO": "before", "reward alone": "after", "DPO of the base": "base_dpo"}
     made = {name: (partial(AlignedDecoder, models[m], processor=tiny_processor()), {}) for name, m in alone.items()}
     made |= {f"λ={lam:g}": (partial(aligned, models, lam), {}) for lam in LAMS}
+    made[MEAN] = partial(averaged, models), {}
     made |= {name: (partial(ContrastDecoder, models["base"], tiny_processor(), name), {}) for name in BASELINES}
-    sentences = dict(search=sentence_search, n=4, end=",", seed=0)
-    made["best of 4"] = partial(aligned, models, 1.), dict(search=best_of, n=4, seed=0)
-    made["sentence search of 4"] = partial(aligned, models, 1.), sentences
+    for heat in HEATS:
+        made |= drawn_at(models, heat)
     return made
 
 
@@ -139,6 +156,21 @@ def cost_table(rows: dict, cost: dict, seconds: dict, tasks: dict, compared: dic
     return "\n".join(lines)
 
 
+def against(rows: dict, about: dict, first: str, others: list) -> dict:
+    "Tests of some systems against one of them."
+    return compare_systems({n: rows[n] for n in (first, *others)}, about)
+
+
+def searches_against_sampled(rows: dict, about: dict, tasks: dict) -> tuple: # tests by temperature, in words
+    "Is a search better than one sample of what it draws from?"
+    tests, told = {}, []
+    for heat in HEATS:
+        first, *others = drawn_at(dict.fromkeys(("base", "before", "after")), heat)
+        tests[f"{heat:g}"] = against(rows, about, first, others)
+        told.append(f"Temperature {heat:g}:\n\n{who_wins(tests[f'{heat:g}'], tasks, 'one sample')}")
+    return tests, "\n\n".join(told)
+
+
 def who_wins(compared: dict, tasks: dict, reference: str) -> str:
     "For each task, in words, whom the tests put before and behind the reference."
     told = []
@@ -150,8 +182,8 @@ def who_wins(compared: dict, tasks: dict, reference: str) -> str:
     return "\n".join(told)
 
 
-LOOKS = {BASE: (INK, "s"), "λ": (ORANGE, "o"), "reward": (GREY, "v"), "DPO": (GREY, "D"), "best": (GREEN, "P"),
-    "sentence": (GREEN, "X")}
+LOOKS = {"base, sampled": (INK, "."), BASE: (INK, "s"), "λ": (ORANGE, "o"), "mean": (ORANGE, "d"),
+    "reward": (GREY, "v"), "DPO": (GREY, "D"), "best": (GREEN, "P"), "sentence": (GREEN, "X")}
 TICKS = [n * 10**k for k in range(5) for n in (1, 2, 5)]
 
 
@@ -195,7 +227,7 @@ RESULT = """\
 # Which way of answering is worth what it costs
 
 Made by `python scripts/study_systems.py`: {scenes} test scenes of the embedded world, answered by the models of the \
-seeds {seeds}, greedily but for the searches, which draw at temperature 1; rewards are trained on pairs from {pairs} \
+seeds {seeds}, greedily but for what is drawn at a temperature T; rewards are trained on pairs from {pairs} \
 unlabelled scenes. A forward is one model reading one row once, a token is a position that goes in; both are counted \
 in all models, large or small, and every picture's prompt is read by each of them. Time is processor time for all \
 tasks, in multiples of the base's. **Bold** is better than the base and _italic_ worse \
@@ -206,7 +238,9 @@ after Holm's correction over the table.
 ![accuracy against cost](study_systems.png)
 
 The strengths λ guide by the ratio of the reward after and before DPO; best of 4 and sentence search (a sentence ends \
-at a comma, for the world's captions are one sentence) choose by the same ratio.
+at a comma, for the world's captions are one sentence) choose by the same ratio. The mean is the default for a reward \
+without a reference. What a search is worth is its distance from the base sampled at its own temperature; what it \
+costs to draw at all is the distance of that row from the greedy base.
 
 ## Who differs from the base
 
@@ -215,6 +249,10 @@ at a comma, for the world's captions are one sentence) choose by the same ratio.
 ## Who differs from the base aligned at λ = 1
 
 {against_ours}
+
+## Who differs from the base sampled at the same temperature
+
+{against_sampled}
 
 ## Seeds
 
@@ -242,15 +280,17 @@ def study(args):
     tasks = tasks_of(args.scenes)
     rows, cost, seconds = gathered({seed: asked(seed, args) for seed in args.seed})
     about = {t.name: dict(main=t.main, lower=t.lower, neutral=t.neutral) for t in tasks.values()}
-    ours = {FIRST: rows[FIRST]} | {n: r for n, r in rows.items() if n not in (FIRST, BASE)}
-    against_base, against_ours = compare_systems(rows, about), compare_systems(ours, about)
+    against_base = compare_systems(rows, about)
+    against_ours = against(rows, about, FIRST, [n for n in rows if n not in (FIRST, BASE)])
+    by_heat, against_sampled = searches_against_sampled(rows, about, tasks)
     run, made = run_info(), dict(scenes=args.scenes, seeds=args.seed, pairs=args.pairs)
-    costs, compared = dict(cost=cost, seconds=seconds), dict(against_base=against_base, against_ours=against_ours)
+    compared = dict(against_base=against_base, against_ours=against_ours, against_sampled=by_heat)
+    costs = dict(cost=cost, seconds=seconds)
     write_json(args.out/"study_systems.json", made | costs | compared | dict(run=run))
     (args.out/"study_systems.png").write_bytes(drawn(rows, cost, tasks).png())
     told = dict(table=cost_table(rows, cost, seconds, tasks, against_base), each=seed_table(rows, tasks, args.seed),
         against_base=who_wins(against_base, tasks, "the base"), against_ours=who_wins(against_ours, tasks, "λ = 1"),
-        full=comparison_table(against_base))
+        against_sampled=against_sampled, full=comparison_table(against_base))
     made["seeds"], run["commit"] = ", ".join(map(str, args.seed)), run["commit"] or "unknown"
     print(write_text(args.out/"study_systems.md", RESULT.format(**made, **told, **run)))
 

@@ -1,10 +1,11 @@
 "Benchmarks that a judge reads, as a user starts them: killed and resumed, with judges that say nonsense, keys kept."
-import json, os, signal, subprocess, sys, time
+import base64, contextlib, io, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 from judge import judge as bad_judge
+from PIL import Image
 from tita.api.standin import Persona, StandIn
 from tita.core import read_jsonl
 
@@ -14,6 +15,14 @@ CODE = "from tita.eval.eval_cli import main; main()"
 
 class Grader(StandIn):
     "Answers questions with their number of letters, and grades answers by that; of cows it knows nothing."
+    def __post_init__(self):
+        super().__post_init__()
+        self.talks = [] # messages of each request
+
+    def note(self, body):
+        self.talks.append(body["messages"])
+        return super().note(body)
+
     def answer(self, model, prompt, images=()):
         if "Score the answer" not in prompt and "Answer A:" not in prompt and "cannot be read" not in prompt:
             return "x" * (len(prompt) % 9 + 1)
@@ -32,16 +41,34 @@ def start(*args, **env):
     return subprocess.Popen([sys.executable, "-c", CODE, *map(str, args)], env=env, **pipes)
 
 
-def tita_eval(*args, code=0, **env):
+def in_a_process(*args, code=0, **env):
     process = start(*args, **env)
     out, err = process.communicate()
     assert process.returncode == code, out + err
     return out + err
 
 
+def tita_eval(*args, code=0):
+    "The command in this process, which has loaded everything already."
+    from tita.eval.eval_cli import app
+    ended = 0
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        try:
+            app(list(map(str, args)), standalone_mode=False)
+        except SystemExit as e:
+            ended = e.code
+    assert ended == code, said.getvalue()
+    return said.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("TITA_PROGRESS", "0")
+
+
 @pytest.fixture
 def data(tmp_path):
-    "MT-Bench with twelve questions, one of them about a cow."
+    "MT-Bench with twelve questions, one of them about a cow, all followed by the same one."
     folder = tmp_path/"data/mt_bench"
     folder.mkdir(parents=True)
     texts = ["What does a cow eat?", *(f"Write {'very ' * i}briefly." for i in range(11))]
@@ -66,27 +93,130 @@ def test_asked_first_and_judged_later(data, tmp_path):
     "Scores are those of the judge; what it could not read is counted and told; a second scoring needs no judge."
     out = tmp_path/"run"
     with Grader() as server:
-        said = tita_eval(*asking(data, out, server))
+        said = in_a_process(*asking(data, out, server))
         assert "not judged yet" in said and results(out)["scores"]["mt_bench"] == {}
         said = tita_eval("score", out, *judging(server))
         asked = len(server.log)
         assert tita_eval("score", out, *judging(server)) == said and len(server.log) == asked
-    assert "1 NOT JUDGED (2 of 24 judgements unreadable, 0 without a reply): no score in the reply" in said
-    assert "judged by stand-in in words of ours, 2 passes" in said
+    assert "2 NOT JUDGED (4 of 48 judgements unreadable, 0 without a reply): no score in the reply" in said
+    assert "judged by stand-in in words of ours, 2 passes; 24 questions" in said and "JUDGED BY ITSELF" in said
     [figures] = results(out)["scores"]["mt_bench"].values()
-    answers = [r["answer"] for r in read_jsonl(next((out/"samples").glob("*.jsonl"))) if "cow" not in r["text"]]
-    assert figures["score"]["value"] == pytest.approx(sum(map(len, answers)) / 11)
+    rows = read_jsonl(next((out/"samples").glob("*.jsonl")))
+    lengths = {turn: [len(r["answer"]) for r in rows if r["kinds"] == [turn] and r["scene"]] for turn in TURNS}
+    means = {turn: sum(of) / len(of) for turn, of in lengths.items()}
+    assert len(lengths["turn_2"]) == 11 and {t: figures[f"score_{t}"]["value"] for t in TURNS} == pytest.approx(means)
+    assert figures["score"]["value"] == pytest.approx(sum(means.values()) / 2)
     assert figures["agreement"]["value"] == 100 and figures["unjudged"]["value"] == pytest.approx(100 / 12)
     assert tita_eval("score", out) == said
     kept = read_jsonl(out/"judgements.jsonl")
-    assert len(kept) == 24 and all("Question: " in r["prompt"] for r in kept)
-    assert [len(r["unread"]) for r in kept if r["scores"] is None] == [3, 3]
+    assert len(kept) == 48 and all("Question: " in r["prompt"] for r in kept)
+    assert [len(r["unread"]) for r in kept if r["scores"] is None] == [3] * 4
+
+
+TURNS = "turn_1", "turn_2"
+
+
+def test_the_second_question_comes_after_the_models_own_answer(data, tmp_path):
+    "A server gets the turns as messages; nothing is asked twice; the judge is shown both turns of each second answer."
+    out = tmp_path/"run"
+    with Grader() as server:
+        tita_eval(*asking(data, out, server))
+        talks = sorted(server.talks, key=len)
+        assert [len(t) for t in talks] == [1] * 12 + [3] * 12
+        said = {t[0]["content"]: server.answer("", t[0]["content"]) for t in talks}
+        assert all((t[1], t[2]["content"]) == (dict(role="assistant", content=said[t[0]["content"]]), "Again.")
+            for t in talks[12:])
+        tita_eval(*asking(data, out, server))
+        assert len(server.log) == 24
+        tita_eval("score", out, *judging(server), "--passes", 1)
+    rows = {r["question_id"]: r for r in read_jsonl(next((out/"samples").glob("*.jsonl")))}
+    assert rows["3-2"]["earlier"] == [dict(text=rows[3]["text"], answer=rows[3]["answer"])]
+    shown = {r["question_id"]: r["prompt"] for r in read_jsonl(out/"judgements.jsonl")}
+    assert f"User: {rows[3]['text']}\nAssistant: {rows[3]['answer']}\n" in shown["3-2"] and "User:" not in shown[3]
+
+
+def test_a_run_that_was_killed_between_two_turns_goes_on(data, tmp_path):
+    "Second turns are asked after the first answers that are in the file; only what was on its way is asked again."
+    out, slow = tmp_path/"run", {"stand-in": Persona(delay=.15)}
+    with Grader(models=slow) as server:
+        process = start(*asking(data, out, server))
+        while process.poll() is None and len(rows_in(out/"answers.jsonl")) < 16:
+            time.sleep(.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        before, asked = rows_in(out/"answers.jsonl"), len(server.talks)
+        assert 16 <= len(before) < 24 and asked - len(before) <= 8 + 6
+        tita_eval(*asking(data, out, server))
+        after, new = rows_in(out/"answers.jsonl"), server.talks[asked:]
+    assert after[:len(before)] == before and len(after) == 24
+    assert len(new) == 24 - len(before) and {len(t) for t in new} == {3}
+    with Grader() as server:
+        tita_eval(*asking(data, tmp_path/"whole", server))
+    answers = lambda folder: [(r["question_id"], r["answer"]) for r in read_jsonl(next((folder/"samples").glob("*")))]
+    assert answers(out) == answers(tmp_path/"whole")
+
+
+def test_a_run_of_single_turns_is_told_apart(data, tmp_path):
+    "Version 1 asked first turns only: it is not scored as version 2, nor compared with it."
+    with Grader() as server:
+        tita_eval(*asking(data, tmp_path/"old", server), *judging(server), "--passes", 1)
+        tita_eval(*asking(data, tmp_path/"new", server), *judging(server), "--passes", 1)
+    old = results(tmp_path/"old")
+    old["tasks"]["mt_bench"]["version"] = "1"
+    (tmp_path/"old/results.json").write_text(json.dumps(old))
+    said = tita_eval("score", tmp_path/"old", code=2)
+    assert "asked in version 1, and is version 2 now; run it again" in " ".join(said.split())
+    said = tita_eval("compare", tmp_path/"old", tmp_path/"new", code=2)
+    assert "scored with version 2, elsewhere with 1; run both anew" in " ".join(said.split())
+
+
+def test_a_template_that_takes_one_question_only(data, tmp_path):
+    "First turns are kept, and the error names what the second ones met."
+    from tita.core import TitaError
+    from tita.decode.decoder import AlignedDecoder
+    from tita.eval.eval_runs import Run, run_tasks
+    from tita.eval.systems import decoder_system
+    from tita.eval.tasks import TASKS
+    from tita.world.embedded import load_models
+    import tita.eval.benchmarks
+    base, _, processor = load_models()
+    once = "{% if messages|length > 1 %}{{ raise_exception('one question, please') }}{% endif %}"
+    plain = processor.chat_template
+    def asked(name):
+        system = decoder_system("base", AlignedDecoder(base, processor=processor), max_new_tokens=8)
+        return run_tasks(Run(tmp_path/name, data), [TASKS["mt_bench"]], [system], predict_only=True)
+    try:
+        processor.chat_template = once + plain
+        with pytest.raises(TitaError, match="none of 12 conversations goes on .* template .*one question, please"):
+            asked("once")
+    finally:
+        processor.chat_template = plain
+    assert len(read_jsonl(tmp_path/"once/answers.jsonl")) == 12
+    assert asked("both")["systems"]["base"]["asked"]["mt_bench"]["missing"] == 0
+
+
+def test_answers_from_elsewhere_bring_both_turns(data, tmp_path):
+    "What stands before a second answer is looked up in the file; without it the file is refused."
+    said = [dict(question_id=i, answer="x" * 3) for i in range(12)]
+    second = [dict(question_id=f"{i}-2", answer="x" * 5) for i in range(12)]
+    files = {n: tmp_path/f"{n}.jsonl" for n in ("both", "half")}
+    files["both"].write_text("\n".join(map(json.dumps, said + second)))
+    files["half"].write_text("\n".join(map(json.dumps, said[1:] + second)))
+    given = ["--task", "mt_bench", "--data", data, "--answers"]
+    refused = tita_eval("score", tmp_path/"h", *given, files["half"], code=2)
+    assert "0, which comes before it" in " ".join(refused.split())
+    with Grader() as server:
+        tita_eval("score", tmp_path/"b", *given, files["both"], *judging(server))
+    [figures] = results(tmp_path/"b")["scores"]["mt_bench"].values()
+    assert [figures[k]["value"] for k in ("score", "score_turn_1", "score_turn_2")] == pytest.approx([4, 3, 5])
 
 
 def test_the_words_are_those_of_the_users_copy(data, tmp_path):
     "FastChat's prompts are used as they are where they lie beside the questions, and the result says so."
     prompt = "Score the answer.\nQuestion: {question}\nAnswer: {answer}\nNow."
-    named = [dict(name=n, system_prompt="S", prompt_template=prompt) for n in ("single-v1", "single-math-v1")]
+    names = [n + more for n in ("single-v1", "single-math-v1") for more in ("", "-multi-turn")]
+    named = [dict(name=n, system_prompt="S", prompt_template=prompt) for n in names]
     (data/"mt_bench/judge_prompts.jsonl").write_text("\n".join(map(json.dumps, named)))
     with Grader() as server:
         said = tita_eval(*asking(data, tmp_path/"run", server), *judging(server))
@@ -100,9 +230,9 @@ def test_the_key_is_sent_and_stays_out_of_all_files(data, tmp_path):
     "It comes from the environment; without it the judge refuses, in words that name the variable."
     out, key = tmp_path/"run", "a-key-that-nobody-may-see"
     with Grader() as asked, Grader(key=key) as judge:
-        told = tita_eval(*asking(data, out, asked), *judging(judge), "--judge-key-env", "JUDGE_KEY", code=2)
+        told = in_a_process(*asking(data, out, asked), *judging(judge), "--judge-key-env", "JUDGE_KEY", code=2)
         assert "JUDGE_KEY" in told and "Traceback" not in told
-        told = tita_eval("score", out, *judging(judge), "--judge-key-env", "JUDGE_KEY", JUDGE_KEY=key)
+        told = in_a_process("score", out, *judging(judge), "--judge-key-env", "JUDGE_KEY", JUDGE_KEY=key)
     assert "score" in told and key not in told
     assert not [p for p in out.rglob("*") if p.is_file() and key in p.read_text()]
 
@@ -124,12 +254,12 @@ def test_nonsense_is_never_a_zero(data, tmp_path):
         tita_eval(*asking(data, tmp_path, server))
     with bad_judge(.4) as url:
         said = tita_eval("score", tmp_path, "--judge", url, "--judge-model", "m", "--passes", 1)
-    assert "12 NOT JUDGED" in said
+    assert "24 NOT JUDGED" in said
     found = results(tmp_path)
     [figures], [system] = found["scores"]["mt_bench"].values(), found["systems"].values()
     assert figures["score"]["value"] is None and figures["unjudged"]["value"] == 100
     counts = system["judged"]["mt_bench"]
-    assert counts["judgements"] == 12 == counts["unread"] + counts["failed"] and counts["why"]
+    assert counts["judgements"] == 24 == counts["unread"] + counts["failed"] and counts["why"]
 
 
 def test_a_reply_that_cannot_be_read_is_asked_for_again(data, tmp_path):
@@ -160,10 +290,10 @@ def test_a_killed_judging_goes_on(data, tmp_path):
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         before, asked = rows_in(out/"judgements.jsonl"), replies(server.log)
-        assert 9 <= len(before) < 24 and asked - len(before) <= 8 + 6
+        assert 9 <= len(before) < 48 and asked - len(before) <= 8 + 4 * 2 # on their way, second and third tries
         tita_eval(*args)
         after = rows_in(out/"judgements.jsonl")
-        assert after[:len(before)] == before and len(after) == 24
+        assert after[:len(before)] == before and len(after) == 48
         new = after[len(before):]
         assert replies(server.log) - asked == len(new) + 2 * sum('"scores": null' in r for r in new)
 
@@ -203,6 +333,70 @@ def test_pairs_in_both_orders(data, tmp_path):
     assert value(Grader, "longer, much", "win_rate") == 100 and value(Grader, "longer, much", "order_agreement") == 100
     assert value(Fond, "longer, much", "win_rate") == 50 and value(Fond, "longer, much", "order_agreement") == 0
     assert value(Fond, "longer, much", "first_wins") == 100 and value(Grader, "longer, much", "first_wins") == 50
+    assert value(Fond, "longer, much", "longer_wins") == 50 and value(Grader, "longer, much", "longer_wins") == 100
+    assert value(Grader, "longer, much", "win_rate_turn_1") == value(Grader, "longer, much", "win_rate_turn_2") == 100
+    told = [r for r in read_jsonl(tmp_path/"Grader/judgements.jsonl") if r["question_id"] == "3-2"]
+    assert {r["place"] for r in told} == {"first", "second"}
+    assert all("Assistant A: short\nAssistant B: longer, much" in r["prompt"] for r in told if r["place"] == "second")
+
+
+class Sighted(StandIn):
+    "Answers in one word; grades by how red the corner of the picture is, from 0 to 6, and only if it sees it."
+    def answer(self, model, prompt, images=()):
+        if "[[3]]" not in prompt:
+            return "Two."
+        if not images:
+            return "[[0]]"
+        red, _, _ = Image.open(io.BytesIO(base64.b64decode(images[0].partition(",")[2]))).getpixel((0, 0))
+        return f"[[{red}]]"
+
+
+@pytest.fixture
+def mmhal(tmp_path):
+    "MMHal with three questions about pictures of known redness, and one whose picture lies outside."
+    folder = tmp_path/"data/mmhal"
+    (folder/"images").mkdir(parents=True)
+    for red in (2, 4, 6):
+        Image.new("RGB", (8, 8), (red, 0, 0)).save(folder/f"images/{red}.png")
+    rows = [dict(image_src=f"https://a/{n}", question=f"How many, {n}?", gt_answer="Two.", image_content=["Dog"],
+        question_type="counting") for n in ("2.png", "4.png", "6.png")]
+    (folder/"response_template.json").write_text(json.dumps(rows))
+    return tmp_path/"data"
+
+
+def test_a_judge_that_sees_the_picture(mmhal, tmp_path):
+    "The picture arrives as a data URL, the prompt and the result say so; a blind judge is another one."
+    out = tmp_path/"run"
+    with Sighted() as server:
+        blind = tita_eval(*asking(mmhal, out, server, "mmhal"), *judging(server))
+        assert not [e for e in server.log if "[[3]]" in e["prompt"] and e["images"]]
+        said = tita_eval("score", out, *judging(server), "--judge-sees")
+        shown = [e for e in server.log if "[[3]]" in e["prompt"] and e["images"]]
+        asked = len(server.log)
+        assert tita_eval("score", out, *judging(server), "--judge-sees") == said and len(server.log) == asked
+    assert "judged by stand-in in words of ours" in blind and "do not see" in server.log[6]["prompt"]
+    assert "judged by stand-in, seeing the pictures in words of ours" in said
+    assert len(shown) == 6 and all("a picture, which you see" in e["prompt"] for e in shown)
+    assert {base64.b64decode(e["images"][0].partition(",")[2]) for e in shown} == {
+        p.read_bytes() for p in (mmhal/"mmhal/images").iterdir()}
+    [figures] = results(out)["scores"]["mmhal"].values()
+    assert figures["score"]["value"] == pytest.approx(4) and results(out)["tasks"]["mmhal"]["judge"]["sees"] is True
+    kept = read_jsonl(out/"judgements.jsonl")
+    assert [r.get("image") for r in kept if "you see," in r["prompt"]].count("4.png") == 2
+
+
+def test_a_picture_outside_its_folder_is_never_shown(mmhal, tmp_path):
+    "A link that leaves the folder of images is a failed judgement that says so; nothing of it is sent."
+    out = tmp_path/"run"
+    with Sighted() as server:
+        tita_eval(*asking(mmhal, out, server, "mmhal"))
+        Image.new("RGB", (8, 8), (5, 5, 5)).save(tmp_path/"secret.png")
+        (mmhal/"mmhal/images/2.png").unlink()
+        (mmhal/"mmhal/images/2.png").symlink_to(tmp_path/"secret.png")
+        said = tita_eval("score", out, *judging(server), "--judge-sees", "--passes", 1)
+        seen = {e["images"][0] for e in server.log if "[[3]]" in e["prompt"]}
+    assert "1 NOT JUDGED (0 of 3 judgements unreadable, 1 without a reply): image '2.png' is a link that leaves" in said
+    assert len(seen) == 2 and base64.b64encode((tmp_path/"secret.png").read_bytes()).decode() not in "".join(seen)
 
 
 VERDICT = st.sampled_from([[1., 0.], [0., 1.], [.5, .5], None])

@@ -63,6 +63,8 @@ class Talk(str):
     def __ne__(self, other):
         return not self == other
     __hash__ = str.__hash__
+    def __getnewargs__(self): # copies, and what goes to another process, are conversations too
+        return self.turns,
 
 def _plain_turn(turn: dict) -> dict:
     "A turn without images, as templates of language models read it."

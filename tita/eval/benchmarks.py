@@ -252,8 +252,8 @@ def _with_judge(name: str, about: str, read, score, judge, files: str, source: s
     "A task whose answers a judge reads."
     images = how.get("images")
     needs = (*files.split(), images) if images else tuple(files.split())
-    lower = (*how.pop("lower", ()), "unjudged")
-    return Task(name, "1", f"{about}; judged", read, as_written, score, needs=needs, source=source, judge=judge,
+    lower, version = (*how.pop("lower", ()), "unjudged"), how.pop("version", "1")
+    return Task(name, version, f"{about}; judged", read, as_written, score, needs=needs, source=source, judge=judge,
         lower=lower, neutral=BESIDE, **dict(max_new_tokens=512) | how)
 
 _WILD = "llava-bench-in-the-wild"
@@ -263,7 +263,8 @@ LLAVA_BENCH = _with_judge("llava_bench", "LLaVA-Bench in the wild, against GPT-4
     "huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild", images=f"{_WILD}/images", main="relative")
 
 # %% ../../nbs/eval/63_benchmarks.ipynb #e6300064
-_MT = "github.com/lm-sys/FastChat (fastchat/llm_judge/data)"
+_MT = dict(version="2", files="mt_bench/question.jsonl", source="github.com/lm-sys/FastChat (fastchat/llm_judge/data)",
+    max_new_tokens=1024)
 register(
     _with_judge("mm_vet", "MM-Vet", sets.mmvet_rows, sets.mmvet_score, sets.mmvet_judge, "mm-vet/mm-vet.json",
         "github.com/yuweihao/MM-Vet", images="mm-vet/images", main="score"),
@@ -271,10 +272,10 @@ register(
     _with_judge("mmhal", "MMHal-Bench", sets.mmhal_rows, partial(judged_grades, unit=.01, least=3),
         sets.mmhal_judge, "mmhal/response_template.json", "huggingface.co/datasets/Shengcao1006/MMHal-Bench",
         images="mmhal/images", main="score", lower=("hallucination",)),
-    _with_judge("mt_bench", "MT-Bench, first turn, text only", sets.mt_rows, partial(judged_grades, unit=.01),
-        sets.mt_judge, "mt_bench/question.jsonl", _MT, main="score"),
-    _with_judge("mt_bench_pairs", "MT-Bench, first turn, text only, against the run's first system", sets.mt_rows,
-        judged_pairs, partial(sets.mt_judge, pair=True), "mt_bench/question.jsonl", _MT, main="win_rate"),
+    _with_judge("mt_bench", "MT-Bench, both turns, text only", sets.mt_rows, sets.mt_score, sets.mt_judge, main="score",
+        **_MT),
+    _with_judge("mt_bench_pairs", "MT-Bench, both turns, text only, against the run's first system", sets.mt_rows,
+        sets.mt_pair_score, partial(sets.mt_judge, pair=True), main="win_rate", **_MT),
     _with_judge("alpaca_eval", "AlpacaEval, text only, against its reference answers", sets.alpaca_rows,
         judged_pairs, sets.alpaca_judge, "alpaca_eval/alpaca_eval.json",
         "huggingface.co/datasets/tatsu-lab/alpaca_eval", main="win_rate"))

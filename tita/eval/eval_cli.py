@@ -30,16 +30,14 @@ def parse_lams(text: str) -> list[float | None]: # None: the recommended setting
 
 def endpoint_system(url: str, model: str, key_env: str | None, temperature: float, suffix: str = ""):
     "A model behind an OpenAI-compatible server."
-    from tita.api.client import EndpointAnswerer, Settings
+    from tita.api.client import Settings
     from tita.api.endpoints import any_endpoint
     from tita.eval.systems import System
-    class Shown(EndpointAnswerer):
-        def picture(self, row):
-            return row["image"]
+    from tita.eval.turns import TalkingAnswerer
     endpoint = any_endpoint(url, model, key_env=key_env, needs_key=False)
     def answers(rows, max_new_tokens):
         settings = Settings(max_tokens=max_new_tokens, temperature=temperature, suffix=suffix, stream=False)
-        yield from Shown(endpoint, settings=settings).answers(rows)
+        yield from TalkingAnswerer(endpoint, settings=settings).answers(rows)
     about = dict(endpoint=endpoint.base_url, model=model, temperature=temperature, suffix=suffix)
     return System(model, answers, about)
 
@@ -129,12 +127,14 @@ def who_answers(o: Options, model: str | None, endpoint: str | None, key_env: st
     return model_alone(o, model) if model else local_systems(o)
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900027
-def judge_of(url: str | None, model: str | None, key_env: str | None, passes: int):
+def judge_of(url: str | None, model: str | None, key_env: str | None, passes: int, sees: bool = False):
     "The judge that the options name, if they do. Raises `TitaError` for half of one."
     from tita.eval.judging import judge_at
     if bool(url) != bool(model):
         raise TitaError("a judge is a server and a model there; name both, --judge URL and --judge-model ID")
-    return judge_at(url, model, key_env, passes) if url else None
+    if sees and not url:
+        raise TitaError("--judge-sees shows the pictures to a judge; name one with --judge URL and --judge-model ID")
+    return judge_at(url, model, key_env, passes, sees=sees) if url else None
 
 def check_run(parser, tasks, repeats, temperature, pair, model, endpoint):
     "Is it clear what is meant? Raises `TitaError`."
@@ -195,6 +195,7 @@ BestOf = option(int, "also the best of so many answers by the reward", "--best-o
 JudgeUrl = option(str, "who reads open answers: an OpenAI-compatible server, http://HOST:PORT/v1", "--judge")
 JudgeModel = option(str, "the judge's id there")
 JudgeKeyEnv = option(str, "environment variable that holds the judge's key")
+JudgeSees = option(bool, "show the judge the pictures, too", "--judge-sees")
 Passes = option(int, "times that a judge is asked each thing", min=1)
 Sentences = option(int, "also sentence search with so many continuations")
 
@@ -210,6 +211,7 @@ def run_benchmarks(
     temperature: Temperature = 0., repeats: Repeats = 1, seed: Seed = 0, batch: _Batch = 256,
     device: Device = None, dtype: Dtype = "auto", judge: JudgeUrl = None, judge_model: JudgeModel = None,
     judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY", passes: Passes = 2,
+    judge_sees: JudgeSees = False,
 ):
     "Ask and score. The same command again asks only what is missing."
     include_tasks(include) if include else None
@@ -217,7 +219,7 @@ def run_benchmarks(
     check_run(parser, chosen, repeats, temperature, base or reward, model, endpoint)
     options = Options(base, reward, ref, dpo, lam, form, bound, gate, baselines, best_of, sentences,
         parser == "likelihood", temperature, seed, batch, device, dtype)
-    reads = judge_of(judge, judge_model, judge_key_env, passes)
+    reads = judge_of(judge, judge_model, judge_key_env, passes, judge_sees)
     systems = who_answers(options, model, endpoint, key_env)
     run = Run(out, data, limit, offset, parser, Plan(seed, repeats, batch))
     results = run_tasks(run, chosen, systems, predict_only, reads)
@@ -234,6 +236,7 @@ def score_command(
     name: option(str, "with --answers: what their system is called") = "answers",
     data: Data = None, limit: Limit = None, offset: Offset = 0, include: Include = None, judge: JudgeUrl = None,
     judge_model: JudgeModel = None, judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY", passes: Passes = 2,
+    judge_sees: JudgeSees = False,
 ):
     "Score a run again, offline or by a judge, or score answers from elsewhere as a run."
     include_tasks(include) if include else None
@@ -242,7 +245,7 @@ def score_command(
         if len(named) != 1:
             raise TitaError("--answers are to one task; name it with --task")
         take_answers(Run(run, data, limit, offset, parser), named[0], answers, name)
-    reads = judge_of(judge, judge_model, judge_key_env, passes)
+    reads = judge_of(judge, judge_model, judge_key_env, passes, judge_sees)
     print("\n".join(results_lines(score_run(run, parser, reads, data))))
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900030
@@ -258,7 +261,10 @@ def _same_task(out: Path, task: str, about: Mapping, other: Mapping):
 
 def about_judge(judge: Mapping | None) -> str:
     "What has to be the same for two figures to be compared."
-    return f"{judge['model']} in words of {judge['wording']} ({judge['prompts']})" if judge else "nobody"
+    if not judge:
+        return "nobody"
+    who = judge["model"] + ", seeing the pictures," * bool(judge.get("sees"))
+    return f"{who} in words of {judge['wording']} ({judge['prompts']})"
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900061
 def gather(runs: Sequence[Path]) -> tuple[dict, dict, list]: # systems -> task -> rows; tasks; image folders

@@ -11,13 +11,15 @@ __all__ = ['SUBMISSIONS', 'Pictures', 'Plan', 'ask_system', 'sample_rows', 'scor
 import csv, hashlib, json, re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
 from ..core import JsonlWriter, TitaError, image_path, progress, read_jsonl, run_info, stable_hash, write_jsonl
 from ..core import write_json, write_text
-from .judging import judge_counts, judgements
+from .judging import all_answers, judge_counts, judgements
 from .metrics import bootstrap, normalise
 from .tasks import NOTHING, TASKS, Task, join_answers, missing_files, parser_of, score_task, task_questions
+from .turns import in_turns, with_earlier
 
 # %% ../../nbs/eval/68_eval_runs.ipynb #e6800006
 class Pictures:
@@ -32,6 +34,10 @@ class Pictures:
         "The picture of a row. Raises `TitaError` if it is missing."
         image = row["image"]
         return image_path(self.folder or ".", image) if isinstance(image, str) else image
+
+    def where(self) -> Path:
+        "The folder of the names that `name` gives."
+        return self.folder or self.keep
 
     def content(self, image) -> str | None:
         "What tells a picture from others, whatever it is called."
@@ -199,9 +205,10 @@ class Run:
 def predict(run: Run, task: Task, system, questions: Sequence[Mapping]) -> dict: # missing, failed, cost
     "Ask a system all questions of a task, and write its samples."
     from tita.eval.systems import metered
-    pictures, rows = run.pictures(task), run.plan.samples(questions)
+    pictures = run.pictures(task)
+    ask = partial(ask_system, system, task, pictures=pictures, cache=run.out/"answers.jsonl", plan=run.plan)
     with metered() as cost:
-        said, failed = ask_system(system, task, rows, pictures, run.out/"answers.jsonl", run.plan)
+        rows, said, failed = in_turns(ask, run.plan.samples(questions))
     samples, lost = sample_rows(task, rows, said, pictures)
     write_jsonl(_samples_file(run.out, task.name, system.name), samples)
     first = dict(list(failed.items())[:3])
@@ -244,11 +251,11 @@ def _same_version(out, name: str, about: Mapping) -> Task:
 
 # %% ../../nbs/eval/68_eval_runs.ipynb #e6800072
 def _beside(rubric, rows: Sequence[Mapping], first: Sequence[Mapping]) -> list:
-    "The answer that each one stands beside."
+    "The answers that each one stands beside, turn by turn."
     if rubric.against == "first":
-        said = {r["question_id"]: r["answer"] for r in first}
-        return [said.get(r["question_id"], "") for r in rows]
-    return [r["reference"] if rubric.against else None for r in rows]
+        said = {r["question_id"]: all_answers(r) for r in first}
+        return [said.get(r["question_id"], [""]) for r in rows]
+    return [[r["reference"]] if rubric.against else None for r in rows]
 
 def _readable(row: Mapping) -> dict:
     "A missing answer is an empty one for a judge."
@@ -268,10 +275,10 @@ def judge_task(
     rubric = task.judge(Path(results.get("data") or "."))
     of = {s: [_readable(r) for r in read_samples(out, task.name, s)] for s in results["systems"]}
     results["tasks"][task.name]["judge"] = judge.about() | rubric.about() | dict(passes=judge.passes)
-    first = next(iter(of.values()))
+    first, images = next(iter(of.values())), Run(out, Path(results.get("data") or ".")).pictures(task).where()
     for system, rows in of.items():
         desc = f"judging {task.name}, {system}"
-        said = judgements(judge, rubric, rows, _beside(rubric, rows, first), out/"judgements.jsonl", desc)
+        said = judgements(judge, rubric, rows, _beside(rubric, rows, first), out/"judgements.jsonl", desc, images)
         rows = [r | {"judged": js} for r, js in zip(read_samples(out, task.name, system), said)]
         results["systems"][system].setdefault("judged", {})[task.name] = judge_counts(rows)
         write_jsonl(_samples_file(out, task.name, system), rows)
@@ -312,7 +319,9 @@ def _gone(results: Mapping, task: str, system: str) -> list[str]:
     of, told = results["systems"][system], []
     if (lost := of["asked"][task])["missing"]:
         told.append(f"{lost['missing']} NOT ANSWERED: {next(iter(lost['failed'].values()), 'no answer came')}")
-    counts = of.get("judged", {}).get(task, {})
+    judge, counts = results["tasks"][task].get("judge"), of.get("judged", {}).get(task, {})
+    if judge and all(of.get(k) == judge[k] for k in ("endpoint", "model")):
+        told.append("JUDGED BY ITSELF")
     if counts.get("unread") or counts.get("failed"):
         how = f"{counts['unread']} of {counts['judgements']} judgements unreadable, {counts['failed']} without a reply"
         told.append(f"{counts['unjudged']} NOT JUDGED ({how}): {next(iter(counts['why']))}")
@@ -322,7 +331,9 @@ def _heading(task: str, about: Mapping) -> str:
     told = f", {about['without_truth']} without a known answer left out" if about["without_truth"] else ""
     parser = f", parser {about['parser']}" if about["parser"] else ""
     judge = about.get("judge")
-    judged = f", judged by {judge['model']} in words of {judge['wording']}, {judge['passes']} passes" if judge else ""
+    seeing = ", seeing the pictures" if judge and judge.get("sees") else ""
+    how = f"{seeing} in words of {judge['wording']}, {judge['passes']} passes" if judge else ""
+    judged = f", judged by {judge['model']}{how}" if judge else ""
     asked = f"{about['questions']} questions about {about['images_asked_about']} images"
     return f"{task} (version {about['version']}{parser}{judged}; {asked}{told})"
 
@@ -353,7 +364,7 @@ def take_answers(
     join_answers(questions, rows, path)
     said = {str(r["question_id"]): dict(answer=r.get("answer", r.get("text"))) for r in rows}
     named = {q["question_id"]: said[str(q["question_id"])] for q in questions if str(q["question_id"]) in said}
-    samples, lost = sample_rows(task, questions, named, run.pictures(task))
+    samples, lost = sample_rows(task, with_earlier(questions, named), named, run.pictures(task))
     write_jsonl(_samples_file(run.out, task.name, name), samples)
     asked = {task.name: dict(missing=len(lost), failed={}, forwards=0, tokens=0)}
     about = {task.name: about_task(task, questions, unknown, run.parser)}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['json_at', 'task_row', 'own_prompt', 'by_kind', 'mmvet_rows', 'mmvet_judge', 'mmvet_score', 'llava_rows',
-           'llava_judge', 'mmhal_rows', 'mmhal_judge', 'mt_rows', 'mt_judge', 'alpaca_rows', 'alpaca_judge']
+           'llava_judge', 'mmhal_rows', 'mmhal_judge', 'mt_rows', 'mt_score', 'mt_pair_score', 'mt_judge',
+           'alpaca_rows', 'alpaca_judge']
 
 # %% ../../nbs/eval/58_judged_sets.ipynb #e5800003
 import ast, json
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 import numpy as np
 from ..core import TitaError, open_file, read_jsonl
-from .judging import Rubric, judged_grades, read_score, read_two, read_winner
+from .judging import Rubric, judged_grades, judged_pairs, read_score, read_two, read_winner
 
 # %% ../../nbs/eval/58_judged_sets.ipynb #e5800005
 def json_at(path: str | Path, *keys: str):
@@ -35,14 +36,15 @@ def task_row(question_id, image, text: str, truth, **more) -> dict:
 # %% ../../nbs/eval/58_judged_sets.ipynb #e5800041
 _FAIR = "You judge answers to questions. Be strict, be fair to short answers, and do not favour a place or a style."
 _NUMBER = "\n\nEnd with your score in double brackets, for instance [[{example}]]."
-_GRADE = """Compare an answer to a question about a picture, which you do not see, with what is right.
+_GRADE = """Compare an answer to a question about a picture, which you {see}, with what is right.
 
 Question: {question}
 Right (<AND>: all parts are needed; <OR>: one is enough): {truth}
 Answer: {answer}
 
 Score it from 0.0 (wrong) to 1.0 (right) in steps of 0.1; a part of what is right earns a part of the score."""
-_INVENTED = """Say how informative an answer about a picture is, and whether it claims anything that is not so.
+_INVENTED = """Say how informative an answer about a picture, which you {see}, is, and whether it claims anything
+that is not so.
 
 In the picture: {content}
 Question: {question}
@@ -98,7 +100,7 @@ def mmvet_score(rows: Sequence[Mapping]) -> dict:
 
 # %% ../../nbs/eval/58_judged_sets.ipynb #e5800045
 _PAIR = "Question: {question}\n\n{about}Answer A: {first}\n\nAnswer B: {second}\n\n"
-_SCORE_BOTH = _PAIR.replace("{about}", "In the picture, which you do not see: {context}\n\n") + (
+_SCORE_BOTH = _PAIR.replace("{about}", "In the picture, which you {see}: {context}\n\n") + (
     "Score each answer from 1 to 10 for how helpful, relevant, correct and detailed it is. Write the two scores, that "
     "of A first, on the first line, with a blank between them and nothing else; then why.")
 
@@ -160,29 +162,61 @@ _BETTER = _PAIR.replace("{about}", "") + (
     "Which answer helps more: more correct, more to the point, better explained? "
     "End with your verdict: [[A]], [[B]], or [[C]] if neither is better.")
 
+def _turn_rows(row: Mapping, best: Sequence[str], scene: int) -> list[dict]:
+    "Both turns of a question of MT-Bench; `best` are GPT-4's answers, if it has a right one."
+    made, before = [], []
+    for n, text in enumerate(row["turns"], 1):
+        right = best[n - 1] if best else ""
+        rubric = "second" * (n > 1) + " reference" * bool(right)
+        kept = dict(category=row["category"], scene=scene, kinds=[f"turn_{n}"], rubric=rubric.strip())
+        name = row["question_id"] if n == 1 else f"{row['question_id']}-{n}"
+        told = dict(reference=right, references=best[:n], before=list(before))
+        made.append(task_row(name, None, text, right, **told, **kept))
+        before.append(dict(question_id=name, text=text))
+    return made
+
 def mt_rows(folder: Path) -> list[dict]:
-    "The first turns of MT-Bench's 80 questions, with GPT-4's answers to those that have a right one."
+    "Both turns of MT-Bench's 80 questions, with GPT-4's answers to those that have a right one."
     at = folder/"mt_bench"
     answers = at/"reference_answer/gpt-4.jsonl"
-    best = {r["question_id"]: r["choices"][0]["turns"][0] for r in (read_jsonl(answers) if answers.is_file() else [])}
-    def row(r):
-        right = best.get(r["question_id"], "")
-        return task_row(r["question_id"], None, r["turns"][0], right, reference=right, kinds=[r["category"]],
-            rubric="reference" if right else "")
-    return [row(r) for r in read_jsonl(at/"question.jsonl", ("question_id", "category", "turns"))]
+    best = {r["question_id"]: r["choices"][0]["turns"] for r in (read_jsonl(answers) if answers.is_file() else [])}
+    rows = read_jsonl(at/"question.jsonl", ("question_id", "category", "turns"))
+    return [turn for i, r in enumerate(rows) for turn in _turn_rows(r, best.get(r["question_id"], []), i)]
+
+# %% ../../nbs/eval/58_judged_sets.ipynb #e5800071
+def mt_score(rows: Sequence[Mapping]) -> dict:
+    "The mean score, and that of each turn."
+    return by_kind(judged_grades(rows, unit=.01), rows)
+
+def mt_pair_score(rows: Sequence[Mapping]) -> dict:
+    "The share of pairs that were won, and that of each turn."
+    return by_kind(judged_pairs(rows), rows, "win_rate")
 
 # %% ../../nbs/eval/58_judged_sets.ipynb #e5800060
+_SAID_BEFORE = "What was said first:\nUser: {question_1}\nAssistant: {answer_1}\n\nJudge what came then.\n\n"
+_BOTH_BEFORE = ("What was said first:\nUser: {question_1}\nAssistant A: {answer_a_1}\nAssistant B: {answer_b_1}\n\n"
+    "Judge what came then.\n\n")
+_RIGHT = "A right answer, for comparison: {reference}\n\n"
+
+def _theirs(file: Path, names: dict) -> dict: # a row's rubric -> system prompt and prompt
+    "FastChat's prompts by their names. Raises `TitaError` for one that is not there."
+    known = {r["name"]: (r["system_prompt"], r["prompt_template"]) for r in read_jsonl(file)}
+    if lost := next((n for n in names.values() if n not in known), None):
+        raise TitaError(f"{file}: no prompt {lost!r} in it; take FastChat's whole file, or remove it for our words")
+    return {k: known[n] for k, n in names.items()}
+
 def mt_judge(folder: Path, pair: bool = False) -> Rubric:
     "Scores from 1 to 10, or which of two is better: FastChat's judge_prompts.jsonl, if it is there."
     at = folder/"mt_bench"
-    ours = _BETTER if pair else _ALONE + _NUMBER.replace("{example}", "6")
-    prompts, wording = own_prompt(at, ours)
+    prompts, wording = own_prompt(at, _BETTER if pair else _ALONE + _NUMBER.replace("{example}", "6"))
     system, prompt = prompts[""]
-    prompts["reference"] = system, "A right answer, for comparison: {reference}\n\n" * (wording == "ours") + prompt
-    if wording == "ours" and (at/"judge_prompts.jsonl").is_file():
-        known = {r["name"]: (r["system_prompt"], r["prompt_template"]) for r in read_jsonl(at/"judge_prompts.jsonl")}
-        names = ("pair-v2", "pair-math-v1") if pair else ("single-v1", "single-math-v1")
-        prompts, wording = {k: known[n] for k, n in zip(("", "reference"), names)}, "mt_bench/judge_prompts.jsonl"
+    before, right = _BOTH_BEFORE if pair else _SAID_BEFORE, _RIGHT * (wording == "ours")
+    starts = {"": "", "reference": right, "second": before, "second reference": before + right}
+    prompts = {k: (system, start + prompt) for k, start in starts.items()}
+    if wording == "ours" and (file := at/"judge_prompts.jsonl").is_file():
+        plain, maths = ("pair-v2", "pair-math-v1") if pair else ("single-v1", "single-math-v1")
+        names = plain, maths, f"{plain}-multi-turn", f"{maths}-multi-turn"
+        prompts, wording = _theirs(file, dict(zip(starts, names))), "mt_bench/judge_prompts.jsonl"
     how = (read_winner, wording, (0., 1.), "first") if pair else (read_score, wording, (1., 10.))
     return Rubric(prompts, *how)
 
