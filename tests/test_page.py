@@ -31,7 +31,7 @@ QUESTION = "Describe the image."
 
 
 class Closing:
-    "Between the app and the browser: counts the streams of news, and holds back the word that one is closed, while told to."
+    "Between app and browser: counts the streams of news, and holds back the word that one is closed, while told to."
     def __init__(self):
         self.streams, self.has_closed, self.may_tell = 0, False, True
 

@@ -1,5 +1,6 @@
-// Gradio takes the stream of its news for open until it has heard that the server has closed it. What begins in between is answered
-// where nobody listens. So the stream goes on here while anything is under way, and Gradio hears nothing of such an end.
+// Gradio takes the stream of its news for open until it has heard that the server has closed it. What begins in between
+// is answered where nobody listens. So the stream goes on here while anything is under way, and Gradio hears nothing of
+// such an end.
 (() => {
   const ask = window.fetch.bind(window), underWay = new Set(), endedEarly = new Set();
 
