@@ -32,7 +32,7 @@
     do {
       goesOn = false;
       for await (const message of messages(reply)) {
-        const {msg, event_id} = JSON.parse(message.slice("data:".length));
+        const {msg, event_id} = message.startsWith("data:") ? JSON.parse(message.slice(5)) : {};
         if (msg === "process_completed" && !underWay.delete(event_id)) endedEarly.add(event_id);
         goesOn = msg === "close_stream" && underWay.size > 0;
         if (!goesOn) yield `${message}\n\n`;
