@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from configparser import ConfigParser
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -119,6 +120,12 @@ def are_whole() -> bool:
     return app.status == "RUNNING" and app.deployments["Replica"].replica_states == {"RUNNING": 2}
 
 
+def is_up(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(url, timeout=60).status_code == 200
+    return False
+
+
 def run_on_ray(out: Path):
     import openai
     import ray
@@ -126,9 +133,12 @@ def run_on_ray(out: Path):
     from tita.decode.ask import load_decoder
     from tita.world.embedded import make_scenes
     scenes, decoder = make_scenes(8, seed=11), load_decoder(lam=.5)
-    serve.start(http_options=dict(host="127.0.0.1", port=PORT))
+    with suppress(TimeoutError): # after 60 s; what was begun goes on
+        serve.start(http_options=dict(host="127.0.0.1", port=PORT))
     serve.run(application(dict(slots=4, lam=.5), replicas=2), name="tita")
     handle = serve.get_deployment_handle("Replica", "tita")
+    while not is_up(f"http://127.0.0.1:{PORT}/health"):
+        time.sleep(1)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", max_retries=0)
     asked = [(s, q) for q in ("Describe the image.", "Is there a car in the image?") for s in scenes]
     alone = [decoder.generate(s.image, q, 16, temperature=0.)[0].text for s, q in asked]
