@@ -15,10 +15,16 @@ os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 def start_ray(port: int, log) -> subprocess.Popen:
-    "With ports that are known beforehand, see `note_ports`."
+    """With ports that are known beforehand, see `note_ports`.
+
+    A driver waits for the first workers, and for ever if they take longer than 60 s to start: so none are started
+    before they are needed, and they may take longer. Ray gives them the lowest priority else.
+    """
     names = "", "dashboard-agent-grpc-", "dashboard-agent-listen-", "runtime-env-agent-", "metrics-export-"
     ports = [f"--{name}port={port + i}" for i, name in enumerate(names)]
-    patience = dict(RAY_agent_register_timeout_ms="600000", RAY_USAGE_STATS_ENABLED="0")
+    patience = dict(RAY_agent_register_timeout_ms="600000", RAY_worker_register_timeout_seconds="600",
+        RAY_prestart_worker_first_driver="0", RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0")
+    patience |= {f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S": "600" for check in ("READY", "HEALTH")}
     how = ["--head", "--num-cpus=2", "--include-dashboard=false", "--block"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *how, *ports]
     return subprocess.Popen(command, env=os.environ | patience, stdout=log, stderr=subprocess.STDOUT)

@@ -30,12 +30,43 @@ SCENES = make_scenes(4, seed=5)
 QUESTION = "Describe the image."
 
 
+class Closing:
+    "Between app and browser: counts the streams of news, and holds back the word that one is closed, while told to."
+    def __init__(self):
+        self.streams, self.has_closed, self.may_tell = 0, False, True
+
+    def around(self, app):
+        async def handle(scope, receive, send):
+            async def pass_on(message):
+                if b"close_stream" in message.get("body", b""):
+                    self.has_closed = True
+                    while not self.may_tell:
+                        await asyncio.sleep(.01)
+                await send(message)
+            is_stream = scope.get("path", "").endswith("/queue/data")
+            self.streams += is_stream
+            try:
+                await app(scope, receive, pass_on)
+            finally:
+                self.streams -= is_stream
+        return handle
+
+
+def wait_for(is_so, seconds=60):
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(.02)
+
+
 @contextmanager
-def served(keys=(), step=0., **kwargs):
+def served(keys=(), step=0., closing=None, **kwargs):
     "A server with its page: the page's address, and its loop. A step takes `step` seconds more than it needs."
     loop = Loop(DECODER, slots=4)
     app = create_app(loop, keys=keys)
     mount_page(app, {f"scene-{i}": s.image for i, s in enumerate(SCENES)})
+    if closing:
+        app.add_middleware(closing.around)
     if step:
         quick = loop.engine.step
         loop.engine.step = lambda: (time.sleep(step), quick())[1]
@@ -123,6 +154,11 @@ def drop(page, scene):
 def ask(page, question=QUESTION):
     page.fill("#question textarea", question)
     page.press("#question textarea", "Enter")
+    answer_to(page, question)
+
+
+def answer_to(page, question):
+    "Wait for its beginning."
     last = "[...document.querySelectorAll('.tita-turn h2')].at(-1)"
     page.wait_for_function(f"q => {last}?.textContent === q", arg=question)
 
@@ -249,6 +285,29 @@ CONTRAST = """() => {
     return (a + .05) / (b + .05);
   }));
 }"""
+
+
+@pytest.mark.slow
+def test_what_is_asked_while_the_stream_closes_is_answered(chromium):
+    "Gradio alone loses it: the server has closed the stream, and the browser does not know yet."
+    closing, late = Closing(), "Is there a bus in the image?"
+    with served(closing=closing) as (url, _), opened(chromium, url) as page:
+        ask(page)
+        answers(page)
+        wait_for(lambda: closing.streams == 0)
+        closing.has_closed = closing.may_tell = False
+        ask(page, "Is there a car in the image?")
+        answers(page)
+        wait_for(lambda: closing.has_closed)
+        with page.expect_event("requestfinished", lambda r: "/queue/join" in r.url):
+            page.fill("#question textarea", late)
+            page.press("#question textarea", "Enter")
+        page.evaluate("new Promise(requestAnimationFrame)")
+        closing.may_tell = True
+        answer_to(page, late)
+        answers(page)
+        assert page.locator(".tita-turn").count() == 3
+        wait_for(lambda: closing.streams == 0)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from configparser import ConfigParser
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -90,6 +91,8 @@ def test_two_replicas_answer_like_one_and_keep_their_images(tmp_path):
     hits = [h for h, q in told["warm"]]
     assert len(told["warm"]) == 2 and all(q > 0 for _, q in told["warm"]), "each replica has images of its own"
     assert sum(q for _, q in told["warm"]) - sum(hits) == told["images"], "no image was read twice"
+    assert told["without"] == told["alone"], "when one replica dies, the other answers in its place"
+    assert told["again"] == told["alone"], "and so do both when a new one has taken its place"
 
 
 def counted(handle) -> dict:
@@ -104,17 +107,38 @@ def counted(handle) -> dict:
     return found
 
 
-def run_on_ray(out: Path, address: str):
+def replica_names() -> set:
+    "Of the actors that are alive."
+    import ray
+    names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    return {name for name in names if "tita#Replica#" in name}
+
+
+def are_whole() -> bool:
+    from ray import serve
+    app = serve.status().applications["tita"]
+    return app.status == "RUNNING" and app.deployments["Replica"].replica_states == {"RUNNING": 2}
+
+
+def is_up(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(url, timeout=60).status_code == 200
+    return False
+
+
+def run_on_ray(out: Path):
     import openai
     import ray
     from ray import serve
     from tita.decode.ask import load_decoder
     from tita.world.embedded import make_scenes
     scenes, decoder = make_scenes(8, seed=11), load_decoder(lam=.5)
-    ray.init(address=address)
-    serve.start(http_options=dict(host="127.0.0.1", port=PORT))
+    with suppress(TimeoutError): # after 60 s; what was begun goes on
+        serve.start(http_options=dict(host="127.0.0.1", port=PORT))
     serve.run(application(dict(slots=4, lam=.5), replicas=2), name="tita")
     handle = serve.get_deployment_handle("Replica", "tita")
+    while not is_up(f"http://127.0.0.1:{PORT}/health"):
+        time.sleep(1)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", max_retries=0)
     asked = [(s, q) for q in ("Describe the image.", "Is there a car in the image?") for s in scenes]
     alone = [decoder.generate(s.image, q, 16, temperature=0.)[0].text for s, q in asked]
@@ -136,12 +160,19 @@ def run_on_ray(out: Path, address: str):
     damaged = httpx.post(f"{root}/v1/chat/completions", content=b"{oops")
     health = httpx.get(f"{root}/health")
     status = [damaged.status_code, health.status_code]
+    before = replica_names()
+    ray.kill(ray.get_actor(min(before), namespace="serve"))
+    without = [ask(*a).choices[0].message.content for a in asked]
+    while not (replica_names() - before and are_whole()):
+        time.sleep(1)
+    again = [ask(*a).choices[0].message.content for a in asked]
     told = dict(said=said, alone=alone, streamed=streamed, warm=warm, images=len(scenes), status=status)
+    told |= dict(without=without, again=again)
     out.write_text(json.dumps(told))
     serve.shutdown()
-    ray.shutdown()
 
 
 if __name__ == "__main__":
-    with ray_head(PORT + 1) as (_, address):
-        run_on_ray(Path(sys.argv[1]), address)
+    import ray
+    with ray_head(PORT + 1) as (_, address), ray.init(address=address):
+        run_on_ray(Path(sys.argv[1]))

@@ -329,7 +329,8 @@ def _look() -> dict: # of `gradio.mount_gradio_app`
     fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="md", **fonts).set(
         body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
-    return dict(theme=theme, css=_read_look("page.css"), head=f"<script>{_read_look('page.js')}</script>")
+    scripts = "".join(f"<script>{_read_look(name)}</script>" for name in ("stream.js", "page.js"))
+    return dict(theme=theme, css=_read_look("page.css"), head=scripts)
 
 # %% ../../nbs/serve/80_page.ipynb #79d00012
 def mount_page(

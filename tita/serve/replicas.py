@@ -149,5 +149,6 @@ def application(
     how = dict(request_router_config=sticky, max_ongoing_requests=o.slots + o.queue)
     how |= dict(num_replicas=replicas) if replicas else {}
     replica = ray_serve.deployment(Replica, name="Replica", **how)
-    entrance = ray_serve.deployment(Entrance, name="Entrance", max_ongoing_requests=4096)
+    entrance = ray_serve.deployment(Entrance, name="Entrance", max_ongoing_requests=4096,
+        ray_actor_options=dict(num_cpus=0)) # it computes nothing, and a core of its own may never become free
     return entrance.bind(replica.bind(options))
