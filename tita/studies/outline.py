@@ -123,6 +123,7 @@ def _asked_of_all(c: Count, step: str, choosing: bool, both: int, alone: int) ->
             found.append(budget.answering(step, models, *asked, c.machine))
     if found:
         total = {k: sum(getattr(n, k) for n in found) for k in ("rows", "tokens", "operations", "disk", "seconds")}
+        total["seconds"] /= max(1, c.s.actors)
         return budget.Need(step, memory=max(n.memory for n in found), **total)
 
 # %% ../../nbs/studies/90_outline.ipynb #88a00031
