@@ -18,7 +18,8 @@ def start_ray(port: int, log) -> subprocess.Popen:
     "With ports that are known beforehand, see `note_ports`."
     names = "", "dashboard-agent-grpc-", "dashboard-agent-listen-", "runtime-env-agent-", "metrics-export-"
     ports = [f"--{name}port={port + i}" for i, name in enumerate(names)]
-    patience = dict(RAY_agent_register_timeout_ms="600000", RAY_USAGE_STATS_ENABLED="0")
+    patience = dict(RAY_agent_register_timeout_ms="600000", RAY_worker_register_timeout_seconds="600",
+        RAY_USAGE_STATS_ENABLED="0")
     how = ["--head", "--num-cpus=2", "--include-dashboard=false", "--block"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *how, *ports]
     return subprocess.Popen(command, env=os.environ | patience, stdout=log, stderr=subprocess.STDOUT)

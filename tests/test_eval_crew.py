@@ -17,7 +17,7 @@ from tita.core import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = "from tita.eval.eval_cli import main; main()"
-ASKED = "run", "world_color,world_pope_random,world_pope_popular,world_caption", "--limit", "30", "--lam", "0,0.3"
+ASKED = "run", "world_color,world_pope_random,world_pope_popular", "--limit", "20", "--lam", "0,0.3"
 with_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is not installed: 'tita[ray]'")
 
 
@@ -65,20 +65,11 @@ def cluster():
 
 @pytest.mark.slow
 @with_ray
-def test_two_workers_say_what_one_process_says(alone, cluster, tmp_path):
-    ended(start(tmp_path, "--actors", "2", "--batch", "8", **cluster[1]))
-    assert samples(tmp_path) == samples(alone) and scores(tmp_path) == scores(alone)
-    results = json.loads((tmp_path/"results.json").read_text())
-    assert all(asked["forwards"] > 0 for asked in results["systems"]["base"]["asked"].values())
-
-
-@pytest.mark.slow
-@with_ray
 def test_a_killed_worker_and_a_killed_run(alone, cluster, tmp_path):
-    "The worker's job is asked again; of the run only what is missing. Every answer is there once."
+    "Two workers, one killed: its job is done again. Then the run is killed, too, and asks only what is missing."
     head, place = cluster
     answers, whole = tmp_path/"answers.jsonl", whole_lines(alone/"answers.jsonl")
-    command = "--actors", "2", "--batch", "8"
+    command = "--actors", "2", "--batch", "4"
     first = start(tmp_path, *command, **place)
     while whole_lines(answers) < whole // 4:
         assert first.poll() is None, first.communicate()

@@ -116,19 +116,23 @@ def wrong_workers(s: Reproduction) -> Iterator[str]:
 def wrong_models(s: Reproduction) -> Iterator[str]:
     "Models that are not here or do not belong together."
     from tita.models import check_pair, load_processor
-    if not (s.base and s.reward):
-        return
-    try:
-        processor = load_processor(s.base)
-        check_pair(processor, load_processor(s.reward))
-        if not getattr(processor, "chat_template", None):
-            yield f"{s.base}: its processor has no chat template; take the -hf version of the model"
-    except TitaError as e:
-        yield str(e)
-    for name in (s.base, s.reward):
+    found = []
+    for name in filter(None, (s.base, s.reward)):
+        try:
+            found.append(load_processor(name))
+        except TitaError as e:
+            yield str(e)
         path = Path(name).expanduser()
         if path.is_dir() and not any(path.glob("*.safetensors")):
             yield f"{name}: no weights (*.safetensors); the copy or download is incomplete"
+    if len(found) < 2:
+        return
+    if not getattr(found[0], "chat_template", None):
+        yield f"{s.base}: its processor has no chat template; take the -hf version of the model"
+    try:
+        check_pair(*found)
+    except TitaError as e:
+        yield str(e)
 
 # %% ../../nbs/studies/88_reproduction.ipynb #88b00004
 def with_recipe(given: Mapping) -> dict: # without `config`
