@@ -303,7 +303,8 @@ def dpo_base(self: Chain) -> DoneStep | None: # None where it is not asked for
     "The base itself learns them."
     if not self.s.dpo_base:
         return None
-    return self._train_by_dpo("dpo_base", self.base, self.s.dpo_base, self._done_of("pairs"), dict(base=content_of(self.base)))
+    given = dict(base=content_of(self.base))
+    return self._train_by_dpo("dpo_base", self.base, self.s.dpo_base, self._done_of("pairs"), given)
 
 # %% ../../nbs/studies/89_chain.ipynb #88a00026
 @patch
