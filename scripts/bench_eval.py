@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tita.core import cli, run_info, write_json
 from tita.decode.decoder import AlignedDecoder
-from tita.eval.eval_runs import Pictures, ask_system
+from tita.eval.asking import Pictures, ask_system
 from tita.eval.systems import decoder_system
 from tita.eval.tasks import TASKS
 from tita.models import chat_prompt

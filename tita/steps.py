@@ -35,6 +35,7 @@ def literal(
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return read(text)
 
+# %% ../nbs/24_steps.ipynb #24b00003
 def is_like(
     value, # given for a parameter
     default, # of it
@@ -78,6 +79,7 @@ def check_names(
         meant = f"did you mean {near[0]}?" if near and len(known) > 8 else f"it has {', '.join(known)}"
         raise TitaError(f"{where} has no parameter {', '.join(map(str, unknown))}; {meant}")
 
+# %% ../nbs/24_steps.ipynb #24b00008
 def injected_names(
     cells: Sequence[str], # what a kernel has run so far: IPython's `In`
 ) -> list[str]: # what papermill's own cell assigns
@@ -181,8 +183,6 @@ def _read_module(name: str) -> tuple[str, list[str]]:
     return stable_hash(ast.dump(tree)), sorted({m for m in _imports(tree, name) if _module_file(m)})
 
 # %% ../nbs/24_steps.ipynb #24a00018
-LIBRARIES = "torch", "transformers", "trl", "peft"
-
 def _bytecode(code, docstring: str | None = None) -> list:
     "What a function does, without its docstring and its place in the file."
     def plain(constant):
@@ -195,6 +195,9 @@ def _bytecode(code, docstring: str | None = None) -> list:
 def _function_hash(function: Callable) -> str:
     "Hash of one function as it was loaded, wherever its file has gone since."
     return stable_hash(_bytecode(function.__code__, function.__doc__), repr(function.__defaults__))
+
+# %% ../nbs/24_steps.ipynb #24b00011
+LIBRARIES = "torch", "transformers", "trl", "peft"
 
 def code_of(
     *things: str | Callable, # full names of modules, as in "tita.train.recipes"; functions, which count by themselves
@@ -222,13 +225,13 @@ class DoneStep:
 
 _RECORD, _BEGAN = "step.json", "began.json"
 
-def _differing(before: Mapping, now: Mapping) -> list[str]:
+def _what_differs(before: Mapping, now: Mapping) -> list[str]:
     "Parameters, steps, inputs and modules in which two records of what a step depends on differ."
     groups = [(before.get(group, {}), of) for group, of in now.items()]
     return [name for a, b in groups for name in dict.fromkeys((*a, *b)) if a.get(name) != b.get(name)]
 
 # %% ../nbs/24_steps.ipynb #24a0001c
-def _only_here(out: Path):
+def _lock_folder(out: Path):
     "A lock on a run's folder. Raises `TitaError` if another process has it."
     from filelock import FileLock, Timeout
     out.mkdir(parents=True, exist_ok=True)
@@ -251,7 +254,7 @@ class Steps:
         self.out, self.show = Path(out), show
         self.done, self.dry = {}, dry
         if not dry:
-            self.lock = _only_here(self.out)
+            self.lock = _lock_folder(self.out)
             begin_record(out, dict(settings))
 
     def say(self, text: str):
@@ -267,7 +270,7 @@ class Steps:
         return {name: step.seconds for name, step in self.done.items()}
 
 # %% ../nbs/24_steps.ipynb #24a0001d
-def _why(folder: Path, name: str, parts: Mapping) -> str:
+def _why_it_runs(folder: Path, name: str, parts: Mapping) -> str:
     "Why a step runs: it did not finish, something differs from when it last ran, or it is new."
     if folder.exists():
         return "goes on where it stopped"
@@ -275,27 +278,27 @@ def _why(folder: Path, name: str, parts: Mapping) -> str:
     if not others:
         return "runs"
     last = json.loads(max(others, key=lambda p: p.stat().st_mtime).read_text(encoding="utf-8"))
-    return f"runs again, for this differs: {', '.join(_differing(last, parts)[:6])}"
+    return f"runs again, for this differs: {', '.join(_what_differs(last, parts)[:6])}"
 
 # %% ../nbs/24_steps.ipynb #24a0002b
-def _left(folder: Path, told: Mapping, leaves: Sequence[str]) -> str:
+def _hash_of_what_it_leaves(folder: Path, told: Mapping, leaves: Sequence[str]) -> str:
     "Hash of what a step found, and of the files that it leaves."
     files = sorted(p for pattern in leaves for p in folder.glob(pattern) if p.is_file())
     return stable_hash(told, {str(p.relative_to(folder)): file_hash(p) for p in files})
 
-def _do(steps: Steps, step: DoneStep, work: Callable, parts: Mapping, leaves: Sequence[str]) -> DoneStep:
+def _run_and_note(steps: Steps, step: DoneStep, work: Callable, parts: Mapping, leaves: Sequence[str]) -> DoneStep:
     "Run a step, and note that it is done."
-    steps.say(f"{step.name}: {_why(step.folder, step.name, parts)}")
+    steps.say(f"{step.name}: {_why_it_runs(step.folder, step.name, parts)}")
     step.folder.mkdir(parents=True, exist_ok=True)
     write_json(step.folder/_BEGAN, parts)
     start = time.time()
     told = json.loads(json.dumps(work(step.folder) or {}, default=str))
-    seconds, content = round(time.time() - start, 1), _left(step.folder, told, leaves)
+    seconds, content = round(time.time() - start, 1), _hash_of_what_it_leaves(step.folder, told, leaves)
     write_json(step.folder/_RECORD, dict(name=step.name, told=told, seconds=seconds, content=content))
     return dataclasses.replace(step, told=told, seconds=seconds, content=content, ran=True)
 
 # %% ../nbs/24_steps.ipynb #24a0001e
-def _found(steps: Steps, step: DoneStep) -> DoneStep:
+def _take_from_before(steps: Steps, step: DoneStep) -> DoneStep:
     "A step that an earlier run did."
     known = json.loads((step.folder/_RECORD).read_text(encoding="utf-8"))
     if not steps.dry:
@@ -320,10 +323,10 @@ def __call__(self: Steps,
     parts = json.loads(json.dumps(of | dict(code=code_of(*code)), default=str))
     step = DoneStep(name, self.out/"steps"/f"{name}-{stable_hash(name, parts)}", "", {}, 0., False)
     if (step.folder/_RECORD).exists():
-        step = _found(self, step)
+        step = _take_from_before(self, step)
     elif self.dry:
         self.say(f"{name}: would run")
     else:
-        step = _do(self, step, work, parts, leaves)
+        step = _run_and_note(self, step, work, parts, leaves)
     self.done[name] = step
     return step

@@ -6,12 +6,11 @@
 __all__ = ['server_endpoint', 'EndpointEngine', 'build_engine', 'RayEngine']
 
 # %% ../../nbs/data/43_answerers.ipynb #e91c0a04
-import json, logging, os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from fastcore.basics import patch
 from ..api.client import EndpointAnswerer, Settings, make_body
 from ..api.endpoints import Endpoint, any_endpoint
+from ..cluster import jobs_by_image, over_workers, whole_path
 from ..core import TitaError, seed_for, whole_text
 from ..views import parse_view, view_seed
 from .sources import get_image
@@ -104,76 +103,26 @@ def build_engine(
     return LocalEngine(load_vlm(folder, **(placing or {})), load_processor(folder), images, names, **settings)
 
 # %% ../../nbs/data/43_answerers.ipynb #771ada25
-class Answerer:
-    "What an actor does: load the model once, then answer chunks of tasks."
-    def __init__(self, model: str, images: str, settings: dict):
-        from tita.models import load_processor, load_vlm
-        self.engine = LocalEngine(load_vlm(model), load_processor(model), images, **settings)
-
-    def __call__(self, batch: dict) -> dict:
-        done = [part for chunk in batch["tasks"] for part in self.engine(json.loads(chunk))]
-        return {"finished": [json.dumps(part) for part in done]}
-
-def task_chunks(tasks: list[dict], images: int, least: int = 1) -> list[str]:
-    "Tasks in chunks, those about one image together."
-    groups = {}
-    for t in tasks:
-        groups.setdefault(t["image"], []).append(t)
-    size = max(1, min(images, -(-len(groups) // least)))
-    names = list(groups)
-    return [json.dumps([t for n in names[i:i + size] for t in groups[n]]) for i in range(0, len(names), size)]
-
-# %% ../../nbs/data/43_answerers.ipynb #fcaee3b7
-def start_ray() -> bool:
-    "Ray, quiet. Raises `TitaError` where it is not installed or does not start."
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray.data
-    except ImportError:
-        cure = "pip install 'ray[data]', or use engine transformers"
-        raise TitaError(f"engine ray needs Ray, which is not installed; {cure}") from None
-    for name in "ray.data", "ray.data._internal":
-        logging.getLogger(name).setLevel("ERROR")
-    if ray.is_initialized():
-        return False
-    try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except Exception as e:
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
-        cure = "is the machine overloaded, or a cluster meant (RAY_ADDRESS)?"
-        raise TitaError(f"Ray does not start ({why}); {cure}") from None
-    return True
+def local_answers(model: str, images: str, settings: dict):
+    "Load a model, and make what answers the tasks of a job with it."
+    from tita.models import load_processor, load_vlm
+    engine = LocalEngine(load_vlm(model), load_processor(model), images, **settings)
+    return lambda tasks: list(engine(tasks))
 
 # %% ../../nbs/data/43_answerers.ipynb #fcaee3b8
 @dataclass
 class RayEngine:
-    "Answers with a pool of actors."
+    "Answers with a pool of workers. Raises `TitaError`, for instance where Ray is not installed."
     model: str # folder or hub name
-    images: str # folder that every actor can read
+    images: str # folder that every worker can read
     names: list # all image names, sorted: for the view `swap`
     settings: dict # of `LocalEngine`
     actors: int = 1 # how many copies of the model
-    gpus: float = 0. # of each actor
+    gpus: float = 0. # of each copy
 
     def __call__(self, tasks: list):
         "Answer all tasks: yields lists of answer rows and of error rows."
-        started = start_ray()
-        import ray
-        try:
-            for row in self.dataset(tasks).iter_rows():
-                yield tuple(json.loads(row["finished"]))
-        finally:
-            if started:
-                ray.shutdown()
-
-# %% ../../nbs/data/43_answerers.ipynb #fcaee3b9
-@patch
-def dataset(self: RayEngine, tasks: list):
-    "The tasks on their way through the actors."
-    import ray.data
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    chunks = [{"tasks": c} for c in task_chunks(tasks, self.settings.get("batch_size", 64), self.actors)]
-    made_of = str(self.model), str(Path(self.images).resolve()), self.settings | {"names": self.names}
-    pool = dict(num_gpus=self.gpus, compute=ray.data.ActorPoolStrategy(size=self.actors))
-    rows = ray.data.from_items(chunks, override_num_blocks=len(chunks))
-    return rows.map_batches(Answerer, batch_size=1, fn_constructor_args=made_of, **pool)
+        jobs = jobs_by_image(tasks, self.settings.get("batch_size", 64), self.actors)
+        made_of = whole_path(self.model), whole_path(self.images), self.settings | {"names": self.names}
+        for parts in over_workers(jobs, local_answers, made_of, self.actors, self.gpus):
+            yield from parts

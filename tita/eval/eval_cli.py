@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['app', 'Include', 'parse_lams', 'endpoint_system', 'Options', 'first_decoder', 'guided', 'local_systems',
-           'more_systems', 'model_alone', 'who_answers', 'judge_of', 'check_run', 'list_command', 'run_benchmarks',
-           'score_command', 'about_judge', 'gather', 'compare_command', 'published_command', 'submit_command', 'main']
+           'more_systems', 'model_alone', 'who_answers', 'over_crew', 'judge_of', 'check_run', 'list_command',
+           'run_benchmarks', 'score_command', 'about_judge', 'gather', 'compare_command', 'published_command',
+           'submit_command', 'main']
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900003
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 import typer
+from ..cluster import whole_path
 from ..core import TitaError, cli, commands, option, write_json, write_text, write_jsonl
 import tita.eval.benchmarks  # its tasks are found by name
-from .eval_runs import Plan, Run, read_run, read_samples, results_lines, run_tasks, score_run
-from .eval_runs import take_answers, write_submission
+from .asking import Plan
+from .eval_runs import Crew, Run, read_run, read_samples, results_lines, run_tasks, score_run, take_answers
+from .eval_runs import write_submission
 from .tasks import TASKS, find_tasks, include_tasks, missing_files
 from ..options import Bound, Device, Dtype, Ref, Seed, Temperature
 
@@ -126,6 +129,12 @@ def who_answers(o: Options, model: str | None, endpoint: str | None, key_env: st
         return [endpoint_system(endpoint, model, key_env, o.temperature)]
     return model_alone(o, model) if model else local_systems(o)
 
+# %% ../../nbs/eval/69_eval_cli.ipynb #e6900070
+def over_crew(o: Options, model: str | None, actors: int, gpus: float) -> Crew:
+    "The same systems, on workers of a cluster."
+    models = {k: whole_path(getattr(o, k)) for k in ("base", "reward", "ref", "dpo")}
+    return Crew(who_answers, (replace(o, **models), whole_path(model), None, None), actors, gpus)
+
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900027
 def judge_of(url: str | None, model: str | None, key_env: str | None, passes: int, sees: bool = False):
     "The judge that the options name, if they do. Raises `TitaError` for half of one."
@@ -136,7 +145,7 @@ def judge_of(url: str | None, model: str | None, key_env: str | None, passes: in
         raise TitaError("--judge-sees shows the pictures to a judge; name one with --judge URL and --judge-model ID")
     return judge_at(url, model, key_env, passes, sees=sees) if url else None
 
-def check_run(parser, tasks, repeats, temperature, pair, model, endpoint):
+def check_run(parser, tasks, repeats, temperature, pair, model, endpoint, actors=None):
     "Is it clear what is meant? Raises `TitaError`."
     if parser and not any(parser in t.parsers for t in tasks):
         known = sorted({p for t in tasks for p in t.parsers})
@@ -149,6 +158,8 @@ def check_run(parser, tasks, repeats, temperature, pair, model, endpoint):
         raise TitaError("--model is asked alone; name a pair with --base and --reward, or leave these out")
     if endpoint and parser == "likelihood":
         raise TitaError("a server does not say how likely given answers are; take --parser letter or text")
+    if endpoint and actors:
+        raise TitaError("--actors load models, and a server has its own; leave one of them out")
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900025
 app = commands("Benchmarks, honestly scored, over any decoder or endpoint.")
@@ -181,7 +192,9 @@ Model = option(str, "a model alone: folder or hub name, or with --endpoint its i
 Url = option(str, "an OpenAI-compatible server, http://HOST:PORT/v1", "--endpoint")
 KeyEnv = option(str, "environment variable that holds the server's key")
 Repeats = option(int, "samples of each answer", min=1)
-_Batch = option(int, "questions read ahead", min=1)
+_Batch = option(int, "questions read ahead; with --actors about as many in a job", min=1)
+Actors = option(int, "workers over Ray (RAY_ADDRESS names a cluster) [default: this process alone]", min=1)
+Gpus = option(float, "with --actors: GPUs of each")
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900043
 Base = option(str, "base: folder or hub name [default: the embedded pair]")
@@ -209,18 +222,18 @@ def run_benchmarks(
     form: _Form = None, bound: Bound = None, gate: Gate = None, baselines: Baselines = "", best_of: BestOf = 0,
     sentences: Sentences = 0, model: Model = None, endpoint: Url = None, key_env: KeyEnv = None,
     temperature: Temperature = 0., repeats: Repeats = 1, seed: Seed = 0, batch: _Batch = 256,
-    device: Device = None, dtype: Dtype = "auto", judge: JudgeUrl = None, judge_model: JudgeModel = None,
-    judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY", passes: Passes = 2,
-    judge_sees: JudgeSees = False,
+    actors: Actors = None, gpus: Gpus = 0., device: Device = None, dtype: Dtype = "auto", judge: JudgeUrl = None,
+    judge_model: JudgeModel = None, judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY", judge_sees: JudgeSees = False,
+    passes: Passes = 2,
 ):
     "Ask and score. The same command again asks only what is missing."
     include_tasks(include) if include else None
     chosen = find_tasks(tasks)
-    check_run(parser, chosen, repeats, temperature, base or reward, model, endpoint)
+    check_run(parser, chosen, repeats, temperature, base or reward, model, endpoint, actors)
     options = Options(base, reward, ref, dpo, lam, form, bound, gate, baselines, best_of, sentences,
         parser == "likelihood", temperature, seed, batch, device, dtype)
     reads = judge_of(judge, judge_model, judge_key_env, passes, judge_sees)
-    systems = who_answers(options, model, endpoint, key_env)
+    systems = over_crew(options, model, actors, gpus) if actors else who_answers(options, model, endpoint, key_env)
     run = Run(out, data, limit, offset, parser, Plan(seed, repeats, batch))
     results = run_tasks(run, chosen, systems, predict_only, reads)
     print("\n".join(results_lines(results)))

@@ -84,7 +84,7 @@ def size_of_model(model, name: str = "model", image_tokens: int = 1000) -> Size:
     return Size(name, language, vision, text.num_hidden_layers, seen, next(model.parameters()).element_size(), True)
 
 # %% ../../nbs/studies/87_budget.ipynb #87a0000c
-_NAMED = {"tiny-llava-v1": 1.4} # billions, where the name has no number
+_NAMED = {"tiny-llava-v1": 1.1} # billions of the language model, where the name has no number
 
 def _from_name(name: str) -> Size:
     "What a name says of a model's size. Raises `TitaError` if it says nothing."
@@ -195,10 +195,12 @@ def _short(n: float, unit: str = "") -> str:
     return f"{float(f'{n / size:.2g}'):g} {prefix}{unit}".strip()
 
 def time_text(seconds: float) -> str:
-    "Seconds, minutes or hours."
+    "Seconds, minutes, hours or days."
     if seconds < 90:
         return f"{max(1, seconds):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 96 * 3600 else f"{seconds / 86400:,.0f} days"
 
 def needs_rows(needs: Sequence[Need]) -> list[list[str]]:
     "The table: a row a step, and their sum."
@@ -218,7 +220,8 @@ def assumptions(machine: Machine, sizes: Sequence[Size]) -> str:
     told = (f"Measured here ({machine.device}): {speed} operations a second of a matrix product, {copy} a second of a "
         f"copy, {machine.call * 1e6:.0f} µs a small operation. Assumed: models reach {REACHED:.0%} of the first, "
         f"{ROWS_AT_ONCE} rows are decoded at once, answers are half as long as they may be, nothing is saved by shared "
-        "beginnings.")
+        "beginnings. Memory is weights, in training also gradients and Adam's state; activations and the tokens of "
+        "answers under way come on top.")
     guessed = [s.name for s in sizes if not s.known]
     return told + (f" Sizes read from names only: {', '.join(guessed)}." if guessed else "")
 
