@@ -227,7 +227,7 @@ class JsonlWriter:
         path: str | Path, # made with its folder if it is not there
         key=None, # name of a field, or a function of the row: what makes a row unique
     ):
-        self.path, self.done, self.rows = Path(path), set(), 0
+        self.path, self.done = Path(path), set()
         self._key = key if callable(key) or key is None else lambda row: row[key]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab+")
@@ -238,7 +238,6 @@ class JsonlWriter:
             undo.pop_all()
 
     def _count(self, row):
-        self.rows += 1
         if self._key:
             self.done.add(self._key(row))
 
@@ -274,15 +273,12 @@ def _recover(self: JsonlWriter):
         self._count(row)
 
 # %% ../nbs/00_core.ipynb #9c41d2f3
-def _line(row) -> bytes:
-    "A row in UTF-8; half a character, which that cannot hold, as JSON's escape."
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-
 @patch
 def append(self: JsonlWriter, rows):
     "Hand rows to the operating system: a kill of the process loses none of them, a loss of power may before `sync`."
     rows = list(rows)
-    self._file.write(b"".join(map(_line, rows)))
+    texts = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    self._file.write(texts.encode("utf-8", "backslashreplace"))  # half a character becomes JSON's escape
     self._file.flush()
     for row in rows:
         self._count(row)
