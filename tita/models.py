@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOLD', 'load_vlm', 'load_processor', 'chat_prompt', 'opened', 'prompt_ids', 'answer_ids', 'vocab_size', 'check_pair',
            'vision_tower', 'same_tower', 'short_name', 'name_of', 'few_weights', 'looks_of', 'remember_base',
-           'shared_with', 'looks_once', 'with_tower', 'inside_peft', 'image_token']
+           'shared_with', 'inside_peft', 'image_token']
 
 # %% ../nbs/02_models.ipynb #ffc2d80f
 import contextlib, copy, re
@@ -114,17 +114,14 @@ def chat_prompt(
 def _tokenizer(processor):
     return getattr(processor, "tokenizer", processor)
 
-def _opening(tokenizer) -> list[int]:
-    "What the tokenizer by itself puts before a text: BOS, or nothing."
-    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    return whole[:next((i for i in range(len(whole)) if whole[i:i + len(bare)] == bare), 0)]
-
 def opened(
     processor, # a processor, or a tokenizer
     rows: list[list[int]], # token ids of texts, without what the tokenizer adds
 ) -> list[list[int]]: # the same, each with the opening once
-    "Put the tokenizer's opening before rows that do not begin with it."
-    opening = _opening(_tokenizer(processor))
+    "Put what the tokenizer by itself opens a text with (BOS, or nothing) before rows that do not begin with it."
+    tokenizer = _tokenizer(processor)
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    opening = whole[:next((i for i in range(len(whole)) if whole[i:i + len(bare)] == bare), 0)]
     return [row if row[:len(opening)] == opening else opening + row for row in rows]
 
 def prompt_ids(
@@ -285,8 +282,8 @@ def shared_with(
         return float(told["shared"]) if told and _is_same(told["weights"], few_weights(base)) else None
     except (KeyError, TypeError, ValueError):
         name = getattr(reward.config, "name_or_path", "") or type(reward).__name__
-        raise TitaError(f"{name}: distilled_from in its config.json is not what distillation writes; "
-            "delete the entry, or distil anew") from None
+        told = "distilled_from in its config.json is not what distillation writes"
+        raise TitaError(f"{name}: {told}; delete the entry, or distil anew") from None
 
 # %% ../nbs/02_models.ipynb #70e40002
 def looks_once(tower):

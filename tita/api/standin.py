@@ -98,16 +98,13 @@ def known_answers(
 def _mark(image: bytes) -> str:
     return "#" + hashlib.sha256(image).hexdigest()[:16]
 
-def _about(images: list) -> str:
-    "Which image a request brings."
-    return _mark(base64.b64decode(images[0].partition(",")[2])) if images else ""
-
 # %% ../../nbs/api/31_standin.ipynb #20bb2c60
 @patch
 def answer(self: StandIn, model: str, prompt: str, images: list = ()) -> str:
     "What the model says to a question; right in `accuracy` of the cases."
-    who, about = self.models[model], _about(images)
-    known = next((q for q in (prompt + about, prompt, *self._starts(prompt)) if q in self.answers), None)
+    who, about = self.models[model], _mark(base64.b64decode(images[0].partition(",")[2])) if images else ""
+    starts = (q for q in self.answers if "#" not in q and prompt.startswith(q))  # the prompt may have a suffix
+    known = next((q for q in (prompt + about, prompt, *starts) if q in self.answers), None)
     if known is None:
         return who.prefix + "I was not told."
     rng = random.Random(seed_for("answer", self.seed, model, known))
@@ -115,11 +112,6 @@ def answer(self: StandIn, model: str, prompt: str, images: list = ()) -> str:
     start = known.split()[:2]
     wrong = sorted({a for q, a in self.answers.items() if a != right and q.split()[:2] == start}) or ["no idea"]
     return who.prefix + (right if rng.random() < who.accuracy else rng.choice(wrong))
-
-@patch
-def _starts(self: StandIn, prompt: str):
-    "Known questions that the prompt begins with: it may have a suffix."
-    return (q for q in self.answers if "#" not in q and prompt.startswith(q))
 
 # %% ../../nbs/api/31_standin.ipynb #98df0f3b
 async def _read(reader):
@@ -194,54 +186,40 @@ async def whole(self: StandIn, body, fault, text, usage, write):
     return True
 
 # %% ../../nbs/api/31_standin.ipynb #20255803
-class _Stream:
-    "The chunks of one response that are due and not sent yet."
-    def __init__(self, write):
-        head = b"HTTP/1.1 200 -\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-        self.write, self.due = write, [head]
-    def say(self, data: bytes):
-        self.due.append(b"%x\r\n%s\r\n" % (len(data), data))
-    def end(self):
-        self.due.append(b"0\r\n\r\n")
-    def send(self):
-        self.write(b"".join(self.due))
-        self.due.clear()
-
 _MISHAPS = dict(json=b"data: {oops\n\n", error=b'data: {"error": {"message": "the engine stopped", "code": 500}}\n\n')
 
 @patch
-async def stream(self: StandIn, body, fault, text, usage, write):
-    "Send an answer word by word; false closes the connection."
-    out = _Stream(write)
-    try:
-        return await self._say(body, fault, text, usage, out)
-    finally:
-        out.send()
-
-# %% ../../nbs/api/31_standin.ipynb #20255804
-@patch
-async def _say(self: StandIn, body, fault, text, usage, out: _Stream):
-    "The words, with what disturbs them."
+def _events(self: StandIn, body, fault, text, usage):
+    "The events of a streamed answer, with what disturbs them; None where it waits for its next word."
     model, who = body["model"], self.models[body["model"]]
     pieces = [dict(reasoning_content=w) for w in _words(who.thought) if w] + [dict(content=w) for w in _words(text)]
     for i, piece in enumerate(pieces):
         if i and who.itl:
-            out.send()
-            await asyncio.sleep(who.itl)
-        out.say(_chunk(model, piece))
-        if fault == "cut":
-            return False
-        if fault == "truncate":
-            out.end()
-            return True
+            yield None
+        yield _chunk(model, piece)
+        if fault in ("cut", "truncate"):
+            return
         if fault in _MISHAPS:
-            out.say(_MISHAPS[fault])
-    out.say(_chunk(model, {}, "stop"))
+            yield _MISHAPS[fault]
+    yield _chunk(model, {}, "stop")
     if self.usage and body.get("stream_options", {}).get("include_usage"):
-        out.say(_chunk(model, usage=usage))
-    out.say(b"data: [DONE]\n\n")
-    out.end()
-    return True
+        yield _chunk(model, usage=usage)
+    yield b"data: [DONE]\n\n"
+
+# %% ../../nbs/api/31_standin.ipynb #20255804
+@patch
+async def stream(self: StandIn, body, fault, text, usage, write):
+    "Send an answer word by word; false closes the connection."
+    due = [b"HTTP/1.1 200 -\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"]
+    for event in self._events(body, fault, text, usage):
+        if event is not None:
+            due.append(b"%x\r\n%s\r\n" % (len(event), event))
+            continue
+        write(b"".join(due))
+        due.clear()
+        await asyncio.sleep(self.models[body["model"]].itl)
+    write(b"".join(due) + (b"" if fault == "cut" else b"0\r\n\r\n"))
+    return fault != "cut"
 
 # %% ../../nbs/api/31_standin.ipynb #ae4b58ba
 @patch

@@ -90,7 +90,7 @@ def sample(
     rows, files = [], {}
     for i, (row, name, image) in enumerate(_makers(source, num, seed, images), 1):
         if name:
-            name = _free_name(name, i, image, files)
+            name = f"images/{name}" if files.get(f"images/{name}", image) == image else f"images/{i:04}_{name}"
             files[name] = image
         rows.append({"question_id": f"sample_{i}", "image": name, **row})
     rows += [dict(question_id=f"text_{i}", image="", **row) for i, row in enumerate(text_questions(text, seed), 1)]
@@ -98,11 +98,6 @@ def sample(
     return rows
 
 # %% ../../nbs/bench/75_bench_cli.ipynb #a7509c02
-def _free_name(name: str, i: int, image, files: dict) -> str:
-    "A place beside the question file that no other image has."
-    place = f"images/{name}"
-    return place if files.get(place, image) == image else f"images/{i:04}_{name}"
-
 def _write_sample(out: Path, lines: str, files: dict):
     "The images first, then the file that names them."
     if out.exists() and out.read_text(encoding="utf-8") != lines:
@@ -153,23 +148,19 @@ def guard_traceback(keys: list):
 
 # %% ../../nbs/bench/75_bench_cli.ipynb #bbcd10c8
 def parse_loads(
-    concurrency: int | None, # most requests at once
-    rate: float | None, # arrivals a second
-    sweep: str | None, # "1,2,4,8"
-    max_rps: float | None = None, # requests a second at most
-    max_cost: float | None = None, # in the currency of the price
-    seed: int = 0, # of the arrivals
+    load: Load, # without a sweep the only one
+    sweep: str | None, # "1,2,4,8": a load for each concurrency
 ) -> list: # of `tita.bench.traffic.Load`
     "The loads that the options name. Raises `TitaError` for contradictions."
     if not sweep:
-        return [Load(concurrency, rate, max_rps, max_cost, seed)]
-    if concurrency or rate:
+        return [load]
+    if load.concurrency or load.rate:
         raise TitaError("--sweep sets the concurrency itself; drop --concurrency and --rate, or drop --sweep")
     try:
         levels = [int(c) for c in sweep.split(",")]
     except ValueError:
         raise TitaError(f"--sweep {sweep!r} is no list of whole numbers; write for instance 1,2,4,8,16") from None
-    return [Load(c, None, max_rps, max_cost, seed) for c in dict.fromkeys(levels)]
+    return [replace(load, concurrency=c) for c in dict.fromkeys(levels)]
 
 # %% ../../nbs/bench/75_bench_cli.ipynb #a7509c07
 def parse_extra(text: str | None) -> dict:
@@ -187,7 +178,6 @@ app = commands("Accuracy, latency and cost of vision-language endpoints in one r
 
 # %% ../../nbs/bench/75_bench_cli.ipynb #c8a1aed4
 @app.command("sample")
-@cli
 def sample_command(
     out: option(Path, "question file to write; images go into the folder images beside it"),
     num: option(int, "questions about images") = 10,
@@ -225,7 +215,6 @@ def _price(price: dict | None) -> str:
 
 # %% ../../nbs/bench/75_bench_cli.ipynb #a7509c0a
 @app.command("models")
-@cli
 def models_command(providers: option(Path, "provider file of your own, laid over data/providers.toml") = None):
     "List providers, models, ids and prices."
     print("\n".join(model_lines(load_providers(*([providers] if providers else [])))))
@@ -318,7 +307,6 @@ def _run_local(rows, out: Path, here: InProcess, settings: Settings, **given) ->
 
 # %% ../../nbs/bench/75_bench_cli.ipynb #3046bc60
 @app.command("run")
-@cli
 @from_options("here", InProcess)
 @from_options("settings", Settings, without=("extra", "backoff"))
 @from_options("load", Load)
@@ -341,11 +329,10 @@ def run_command(
     given = dict(images=images, settings=settings, strict=strict, retry_failed=retry_failed)
     if here.local:
         return _tell(_run_local(rows, out, here, **given), out)
-    _tell(_run_api(rows, out, whom, parse_loads(sweep=sweep, **vars(load)), **given), out)
+    _tell(_run_api(rows, out, whom, parse_loads(load, sweep), **given), out)
 
 # %% ../../nbs/bench/75_bench_cli.ipynb #f0d8898c
 @app.command("eval")
-@cli
 def eval_command(
     dir: option(Path, "folder with result files; all below it are read"),
     out: option(Path, "where the reports go [default: the same folder]") = None,

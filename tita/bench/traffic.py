@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from fastcore.basics import patch
 from ..api.client import Client, Settings, encode_image, estimate_tokens, limiter, make_body, run_async, tokens_lost
 from ..api.endpoints import Endpoint, redact
-from ..core import JsonlWriter, TitaError, image_path, iter_jsonl, progress, read_jsonl
+from ..core import JsonlWriter, TitaError, image_path, iter_jsonl, mistakes_at, progress, read_jsonl
 from ..core import run_info, seed_for, stable_hash, write_json
 
 # %% ../../nbs/bench/70_traffic.ipynb #8b9e5642
@@ -255,10 +255,8 @@ def check_images(questions, images):
     "Read every image. Raises `TitaError` naming the first question whose image cannot be sent."
     for q in questions:
         if q.get("image"):
-            try:
+            with mistakes_at(f"question {q['question_id']!r}"):
                 encode_image(image_path(images, q["image"]))
-            except TitaError as e:
-                raise TitaError(f"question {q['question_id']!r}: {e}") from None
 
 # %% ../../nbs/bench/70_traffic.ipynb #625c9511
 def encoded(images: str | Path, name: str, max_side: int | None = None) -> tuple[str, tuple]:
@@ -303,9 +301,12 @@ async def image(self: Batch, job: Job):
     return await asyncio.to_thread(encoded, self.images, name, self.settings.max_side)
 
 @patch
-async def one(self: Batch, client: Client, job: Job, due: float | None = None):
-    "Ask one question, and write its row."
+async def one_that_fits(self: Batch, client: Client, job: Job, due: float | None = None) -> bool:
+    "Ask one question if there is money for it, and write its row."
+    if not self.budget.fits():
+        return False
     started, reply, size = time.time(), None, None
+    self.budget.open += 1
     try:
         url, size = await self.image(job)
         sent = time.monotonic()
@@ -313,19 +314,9 @@ async def one(self: Batch, client: Client, job: Job, due: float | None = None):
     except TitaError as e:
         sent = time.monotonic()
         tries = [dict(seconds=0., error="image", message=str(e), wait=0.)]
-    self.on_row(make_row(job, reply, tries, size, started, max(0., sent - due) if due else 0.))
-
-# %% ../../nbs/bench/70_traffic.ipynb #a7009c15
-@patch
-async def one_that_fits(self: Batch, client: Client, job: Job, due: float | None = None) -> bool:
-    "Ask one question if there is money for it."
-    if not self.budget.fits():
-        return False
-    self.budget.open += 1
-    try:
-        await self.one(client, job, due)
     finally:
         self.budget.open -= 1
+    self.on_row(make_row(job, reply, tries, size, started, max(0., sent - due) if due else 0.))
     return True
 
 # %% ../../nbs/bench/70_traffic.ipynb #a9bf3aab

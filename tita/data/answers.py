@@ -8,7 +8,6 @@ __all__ = ['answer_key', 'plan_answers', 'LocalEngine', 'beside', 'run_engine', 
 # %% ../../nbs/data/42_answers.ipynb #8ac1eefd
 import contextlib, json, os, sys, tempfile
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -80,11 +79,6 @@ def error_row(task: dict, why: str) -> dict:
     kept = {k: task[k] for k in ("question_id", "image", "text", "view", "sample") if k in task}
     return kept | {"error": whole_text(why)}
 
-def answer_row(engine, task: dict, text: str, cut: bool) -> dict:
-    "A task with its answer, and a mark if the answer was cut off."
-    said = {"answer": whole_text(text), "model": engine.model_name, "seed": engine.seed}
-    return task | said | ({"finish": "length"} if cut else {})
-
 # %% ../../nbs/data/42_answers.ipynb #81a09838
 @dataclass
 class LocalEngine:
@@ -103,11 +97,8 @@ class LocalEngine:
     def __post_init__(self):
         self.decoder = AlignedDecoder(self.model, processor=self.processor)
         self.model_name = self.model_name or name_of(self.model)
-
-    @cached_property
-    def folder(self):
-        "Where images are: a folder that is listed once, or the mapping."
-        return ImageFolder(self.images) if isinstance(self.images, (str, Path)) else self.images
+        if isinstance(self.images, (str, Path)):
+            self.images = ImageFolder(self.images)  # listed once
 
 # %% ../../nbs/data/42_answers.ipynb #5e0f1a05
 def find_picture(images, name: str):
@@ -135,7 +126,7 @@ def run_rows(engine: LocalEngine, questions: list[dict], slots: int | None):
     engine.decoder.slots = slots
     sampling = dict(max_new_tokens=engine.max_new_tokens, temperature=engine.temperature, top_p=engine.top_p)
     ahead = dict(window=max(256, 2 * (slots or 0)), draft=0)
-    find = lambda name: find_picture(engine.folder, name)
+    find = lambda name: find_picture(engine.images, name)
     yield from engine.decoder.answers(questions, find, seed=engine.seed, **ahead, **sampling)
 
 def finished(engine: LocalEngine, output) -> tuple:
@@ -143,7 +134,8 @@ def finished(engine: LocalEngine, output) -> tuple:
     task = output.question["task"]
     if output.error:
         return [], [error_row(task, output.error)]
-    return [answer_row(engine, task, output.text.strip(), output.stats["finish"] == "length")], []
+    said = {"answer": whole_text(output.text.strip()), "model": engine.model_name, "seed": engine.seed}
+    return [task | said | ({"finish": "length"} if output.stats["finish"] == "length" else {})], []
 
 # %% ../../nbs/data/42_answers.ipynb #5e0f1a0c
 @patch
@@ -231,7 +223,7 @@ def run_engine(
 
 # %% ../../nbs/data/42_answers.ipynb #5e0f1a10
 def _answered(engine: LocalEngine, tasks: list[dict], path: Path, strict: bool = False) -> list[dict]:
-    "Run, and say what failed; with `strict` that is an error, for nobody could read the errors' file."
+    "Run, and give the answers in the tasks' order. What failed is told; with `strict`, and no file to read, an error."
     keep = {"engine": "transformers", "model": engine.model_name}
     keep |= {k: getattr(engine, k) for k in ("seed", "max_new_tokens", "temperature", "top_p")}
     count, errors = run_engine(engine, tasks, path, keep), beside(path, "errors.jsonl")
@@ -241,14 +233,10 @@ def _answered(engine: LocalEngine, tasks: list[dict], path: Path, strict: bool =
         if strict:
             raise TitaError(told)
         print(f"{told}; see {errors}", file=sys.stderr)
-    return _rows_of(path, tasks)
-
-# %% ../../nbs/data/42_answers.ipynb #fe941728
-def _rows_of(path: Path, tasks: list[dict]) -> list[dict]:
-    "The answers to these tasks, in their order."
     rows = {answer_key(r): r for r in read_jsonl(path)}
     return [rows[k] for t in tasks if (k := answer_key(t)) in rows]
 
+# %% ../../nbs/data/42_answers.ipynb #fe941728
 def generate_answers(
     model, # AutoModelForImageTextToText
     processor, # of the model

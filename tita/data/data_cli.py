@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import Annotated
 import typer
-from ..core import TitaError, cli, commands, option, read_jsonl, seed_for, stable_hash, write_json
+from ..core import TitaError, commands, option, read_jsonl, seed_for, stable_hash, write_json
 from . import judged, pairs, sources
 from ..models import short_name
 from ..options import BaseUrl, Concurrency, Device, Dtype, Images, KeyEnv
 from ..options import MaxRps, Retries, Seed, Temperature, Timeout
-from ..preferences import question_rows
+from ..preferences import Aside, question_rows
 from ..rows import ImageFolder, iter_records, read_rows
 
 # %% ../../nbs/data/46_data_cli.ipynb #403ca334
@@ -43,7 +43,6 @@ def parse_sources(names: list[str]) -> dict:
 
 # %% ../../nbs/data/46_data_cli.ipynb #0d503c8c
 @app.command("questions")
-@cli
 def questions_command(
     mix: _arg(Path, "llava_v1_5_mix665k.json, or another file of conversations"), out: Out,
     source: option(list[str], f"NAME or NAME=IMAGES; of {', '.join(sources.SOURCES)}") = ["ocr_vqa", "textvqa"],
@@ -68,7 +67,6 @@ def questions_command(
 
 # %% ../../nbs/data/46_data_cli.ipynb #23378e82
 @app.command("check")
-@cli
 def check_command(
     questions: _arg(Path, "question file; or one of answers or pairs"), images: _arg(Path, "image folder"),
     most: option(int, "show only the first so many lines that are wrong", "--max") = 50,
@@ -129,13 +127,9 @@ SkipBad = option(bool, "leave out lines that are no questions, and say which", "
 class Asked:
     "The questions of a file, those that a run takes, and where each stands."
     def __init__(self, path: Path, skip_bad: bool):
-        self.path, self.left_out = path, 0
-        self.placed = list(read_rows(path, question_rows, bad=self._leave_out if skip_bad else None))
+        self.path, self.left_out = path, Aside(path, most=sys.maxsize)
+        self.placed = list(read_rows(path, question_rows, bad=self.left_out if skip_bad else None))
         self.rows = [row for _, row in self.placed]
-
-    def _leave_out(self, line, text, why):
-        self.left_out += 1
-        print(f"{self.path}:{line}: left out: {why}", file=sys.stderr)
 
     @property
     def places(self) -> dict:
@@ -153,7 +147,6 @@ class Asked:
 
 # %% ../../nbs/data/46_data_cli.ipynb #4ec7d407
 @app.command("generate")
-@cli
 def generate_command(
     questions: _arg(Path, "question file"), images: Images, out: Out, model: Model,
     view: Views = ["clean", "diffusion-800"], engine: Engine = "transformers",
@@ -198,7 +191,6 @@ def load_answers(files: list[str]) -> list[dict]:
 
 # %% ../../nbs/data/46_data_cli.ipynb #ded5fb00
 @app.command("annotate")
-@cli
 def annotate_command(
     answers: _arg(list[str], "answer files with several answers to each question"), images: Images, out: Out,
     model: option(str, "the judge, as the server calls it"), base_url: BaseUrl,
@@ -262,7 +254,6 @@ Format = option(list[str], "jsonl, seva, mllm, trl; several times [default: all]
 
 # %% ../../nbs/data/46_data_cli.ipynb #cb40e2f6
 @app.command("pairs")
-@cli
 def pairs_command(
     answers: Answers, images: Images, out: option(Path, "folder to write"),
     method: Method = "seva", chosen: Chosen = "clean",
@@ -361,7 +352,6 @@ def convert(
 
 # %% ../../nbs/data/46_data_cli.ipynb #144f40bb
 @app.command("convert")
-@cli
 def convert_command(
     source: _arg(Path, "file of questions, answers, pairs or scores, in any format"),
     out: _arg(Path, "file or folder to write"),

@@ -107,8 +107,8 @@ class JudgeEngine(EndpointAnswerer):
     structured: bool = True # send the schema; turned off if the server does not know it
 
     def __post_init__(self):
-        patience = dict(retries=self.retries, backoff=self.pause, max_wait=60.)
-        self.settings = replace(self.settings, max_tokens=self.max_new_tokens, temperature=0., stream=False, **patience)
+        how = dict(max_tokens=self.max_new_tokens, temperature=0., stream=False)
+        self.settings = replace(self.settings, retries=self.retries, backoff=self.pause, max_wait=60., **how)
 
     def picture(self, task: dict):
         return get_image(self.images, task["image"]) if task["image"] else None

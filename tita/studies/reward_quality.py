@@ -71,9 +71,11 @@ def margin_by_length(
     longer, margin = scores[:, 2] - scores[:, 3], scores[:, 0] - scores[:, 1]
     where = np.digitize(longer, edges)
     bounds = [-np.inf, *edges, np.inf]
-    bins = {k: margin[where == k] for k in range(len(edges) + 1)}
-    return [dict(low=bounds[k], high=bounds[k + 1], pairs=len(m), margin=float(m.mean()),
-                 accuracy=100 * float((m > 0).mean())) for k, m in bins.items() if len(m)]
+    def cell(low, high, m):
+        means = dict(margin=float(m.mean()), accuracy=100 * float((m > 0).mean()))
+        return dict(low=low, high=high, pairs=len(m), **means)
+    bins = [(*bounds[k:k + 2], margin[where == k]) for k in range(len(edges) + 1)]
+    return [cell(*b) for b in bins if len(b[2])]
 
 # %% ../../nbs/studies/81_reward_quality.ipynb #6b8eb181
 def mention_rewards(

@@ -54,13 +54,10 @@ def _open(source) -> Image.Image:
 # %% ../../nbs/train/50_images.ipynb #7dd3d54c
 def pad_square(image: Image.Image, processor) -> Image.Image:
     "LLaVA-1.5's `image_aspect_ratio=pad`."
-    if image.width == image.height:
-        return image
-    side = max(image.size)
     fill = tuple(int(255 * m) for m in processor.image_processor.image_mean)
-    square = Image.new("RGB", (side, side), fill)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+    missing = [max(image.size) - n for n in image.size]
+    before = [n // 2 for n in missing]
+    return ImageOps.expand(image, (*before, *(n - k for n, k in zip(missing, before))), fill)
 
 # %% ../../nbs/train/50_images.ipynb #e7b46365
 class ImageStore:
@@ -190,13 +187,9 @@ def freeze_vision(
     seeing = vision_tower(model)
     if seeing is None:
         raise TitaError(f"{type(model).__name__} has no vision tower; name a vision-language model")
-    joint = projector(model)
-    inside = set() if joint is None else set(joint.parameters())
-    for p in seeing.parameters():
-        if p not in inside:
-            p.requires_grad_(not tower)
-    for p in inside:
-        p.requires_grad_(not project)
+    seeing.requires_grad_(not tower)
+    if (joint := projector(model)) is not None:
+        joint.requires_grad_(not project)
 
 # %% ../../nbs/train/50_images.ipynb #c0de0205
 class MappedFiles:

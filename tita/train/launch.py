@@ -103,8 +103,8 @@ def stream(
 ) -> float: # seconds it took
     "Run a command and show its lines as they come. Raises `TitaError` with its own words if it fails."
     start, last = time.time(), deque(maxlen=200)
-    process = subprocess.Popen(command, env=os.environ | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", start_new_session=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    process = subprocess.Popen(command, env=os.environ | (env or {}), start_new_session=True, **pipes)
     try:
         for line in process.stdout:
             if line := line.rstrip():

@@ -103,27 +103,20 @@ def _parted(encoded, share: float) -> tuple:
 # %% ../../nbs/train/55_recipes.ipynb #c6ccbdb5
 def _distill_data(model, processor, rows, args):
     "The images, and the rows that fit."
-    from tita.train.dpo import fit_rows
+    from tita.train.dpo import tokenised
     from tita.train.images import ImageStore
-    from tita.train.trees import encode_rows
     store = ImageStore(processor, None, int(args.image_cache_gb * 2**30), args.image_pad)
     limit = args.max_length or model.config.get_text_config().max_position_embeddings
-    encoded, _ = fit_rows(encode_rows(rows, store, ("answer",)), store, limit, args.too_long, ("answer",))
-    return store, encoded
+    return store, tokenised(rows, store, limit, args.too_long, ("answer",), sort=False).to_list()
 
-def _seen_base(folder: Path) -> dict: # of `looks_of`; empty where the log-probabilities are older than the note
-    note = folder/"base.json"
-    return json.loads(note.read_text()) if note.exists() else {}
-
-def _measured(trainer, test, base: dict) -> dict:
-    "How near the student is to its base; it is noted in the student's configuration."
+def _measured(trainer, test, seen: Path) -> dict:
+    "How near the student is to its base, which was `seen` as that file says; noted in the student's configuration."
     from tita.train.distill import closeness
     near = closeness(trainer, test)
-    if base:
+    if seen.exists():  # older log-probabilities have no such file
         images = len({n for row in test for n in row["image_ids"]})
-        remember_base(trainer.model, base, near["acceptance"], images)
+        remember_base(trainer.model, json.loads(seen.read_text()), near["acceptance"], images)
     return near
-
 
 # %% ../../nbs/train/55_recipes.ipynb #55d0a00b
 def train_distill(
@@ -147,7 +140,7 @@ def train_distill(
     recorded = _record(base, encoded, store, out/"teacher", made_of)
     train, test = _parted(encoded, args.held_out)
     build = lambda: DistillTrainer(model, args, train, processor, recorded, store)
-    measure = partial(_measured, test=test, base=_seen_base(out/"teacher")) if len(test) else None
+    measure = partial(_measured, test=test, seen=out/"teacher/base.json") if len(test) else None
     told, n = {teacher: len(rows)}, len(rows)
     trained, metrics = runs.run_trainer(build, out, processor, "distill", told, n, resume, callbacks, measure)
     return trained, metrics["history"]
@@ -198,19 +191,15 @@ USUAL = """model_name_or_path dtype output_dir learning_rate num_train_epochs ma
     gradient_accumulation_steps beta loss_type lr_scheduler_type warmup_steps logging_steps save_steps eval_strategy
     eval_steps train_sampling_strategy use_peft lora_r lora_alpha deepspeed report_to seed""".split()
 
-def _sections(config) -> dict:
-    "What is shown first."
-    own = [c for c in config.__mro__ if c.__module__.startswith("tita.")]
-    ours = {name for c in own for name in c.__annotations__}
-    data = set(DataOptions.__annotations__)
-    return {"data": data, "images, trees and the machine": ours, "model and training": set(USUAL)}
-
 # %% ../../nbs/train/55_recipes.ipynb #55d0a019
 def help_text(method: str, everything: bool=False) -> str:
     "The flags of a method, ours first."
     parser, config = flag_parser(method)
     flags = [a for a in parser._actions if a.dest != "help" and not a.option_strings[0].startswith("--no_")]
-    sections = _sections(config) | ({"all others": {a.dest for a in flags}} if everything else {})
+    ours = {name for c in config.__mro__ if c.__module__.startswith("tita.") for name in c.__annotations__}
+    sections = {"data": set(DataOptions.__annotations__), "images, trees and the machine": ours}
+    sections["model and training"] = set(USUAL)
+    sections |= {"all others": {a.dest for a in flags}} if everything else {}
     text = parser.formatter_class(prog=parser.prog, max_help_position=34, width=118)
     text.add_usage(parser.usage, [], [])
     shown = set()

@@ -8,7 +8,7 @@ __all__ = ['place_of', 'fault', 'first_process', 'training_rows', 'check_row_ima
 # %% ../../nbs/train/49_training_rows.ipynb #49d0a002
 import os, sys
 from pathlib import Path
-from ..core import TitaError, open_image
+from ..core import TitaError, mistakes_at, open_image
 from ..preferences import read_conversations, read_pairs
 from ..rows import ImageFolder
 
@@ -116,14 +116,12 @@ def check_row_images(
     "Raise `TitaError` for an image file that is none, by the row that names it."
     from PIL import Image
     named = {}
-    for row in rows:
+    for i, row in enumerate(rows):
         if isinstance(row.get("image"), str):
-            named.setdefault(row["image"], row)
-    for image, row in named.items():
+            named.setdefault(row["image"], place_of(row, i))
+    for image, place in named.items():
         try:
             Image.open(image).close()
         except (OSError, ValueError, Image.DecompressionBombError):
-            try:
+            with mistakes_at(place):
                 open_image(image)
-            except TitaError as e:
-                raise TitaError(f"{row['source']}: {e}" if "source" in row else str(e)) from None

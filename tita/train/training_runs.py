@@ -212,11 +212,10 @@ _SUMMED = "loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "re
 
 def summary(
     history, # rows of training
-    keys=_SUMMED, # of these, the ones that are there
-) -> dict:
+) -> dict: # what was logged of loss, margins, accuracies and rewards
     "Means over the last tenth of the logged steps."
     tail = history[-max(1, len(history) // 10):]
-    return {k: sum(h[k] for h in tail) / len(tail) for k in keys if tail and k in tail[0]}
+    return {k: sum(h[k] for h in tail) / len(tail) for k in _SUMMED if tail and k in tail[0]}
 
 # %% ../../nbs/train/54_training_runs.ipynb #54d0a00a
 RUN_CARD = """---
@@ -257,9 +256,7 @@ def model_card(metrics: dict) -> str:
     sources = ", ".join(f"{n} {s}" for s, n in m["data"]["sources"].items()) or "not named"
     results = [_table("metric, mean of the last tenth", _figures(m["last"]))]
     if m.get("held_out"):
-        names = "loss", "rewards/margins", "rewards/accuracies"
-        last = {k: v for k, v in m["held_out"][-1].items() if k in names}
-        results.append(_table("metric, held-out rows", _figures(last)))
+        results.append(_table("metric, held-out rows", _figures(summary(m["held_out"][-1:]))))
     commit = (info["commit"] or "not known") + (" with changes" if info["changed"] else "")
     versions = ", ".join(f"{k} {v}" for k, v in info["versions"].items())
     made = f"commit {commit}, {versions}; {m['seconds']:.0f} s"
@@ -300,14 +297,14 @@ def finish_run(trainer, processor, metrics: dict):
     write_json(out/"metrics.json", metrics)
 
 # %% ../../nbs/train/54_training_runs.ipynb #a323bbf8
-def check_deepspeed(args, active: bool, offload: bool=False):
+def check_deepspeed(args, active: bool):
     "Raise `TitaError` if DeepSpeed was asked for and is not active, or cannot do what is asked of it."
     if args.deepspeed and not active:
         off = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         why = " (ACCELERATE_USE_CPU is set, which switches it off)" if off else ""
         cure = "unset ACCELERATE_USE_CPU, and start with deepspeed, torchrun or accelerate launch --use_deepspeed"
         raise TitaError(f"DeepSpeed was asked for and is not active{why}; {cure}")
-    if args.deepspeed and offload and getattr(args, "projector_lr", None) is not None:
+    if args.deepspeed and "optimizer" in args.hf_deepspeed_config.config and args.projector_lr is not None:
         cure = "drop --projector_lr, or use scripts/deepspeed/zero3.json"
         raise TitaError(f"{args.deepspeed} brings its own optimizer, which has one learning rate; {cure}")
 
@@ -384,12 +381,6 @@ def measure_before(trainer, measure, out: Path):
     return MeasureBefore()
 
 # %% ../../nbs/train/54_training_runs.ipynb #54d0a011
-def _deepspeed_settings(args) -> dict:
-    "What DeepSpeed's configuration says."
-    if isinstance(args.deepspeed, str) and args.deepspeed:
-        return json.loads(Path(args.deepspeed).read_text())
-    return args.deepspeed or {}
-
 def _train(trainer, last: str|None):
     "Train, from a checkpoint if there is one, whatever the number of processes that wrote it."
     if last and trainer.is_deepspeed_enabled and reshard(last, trainer.args.world_size):
@@ -412,7 +403,7 @@ def run_trainer(
     with quiet(), told_if_full(out):
         trainer = build()
         dress(trainer, method.upper(), callbacks)
-        check_deepspeed(trainer.args, trainer.is_deepspeed_enabled, "optimizer" in _deepspeed_settings(trainer.args))
+        check_deepspeed(trainer.args, trainer.is_deepspeed_enabled)
         if measure:
             trainer.add_callback(measure_before(trainer, measure, out))
         _train(trainer, last_checkpoint(out) if resume else None)
