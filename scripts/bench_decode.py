@@ -162,7 +162,7 @@ def engine_of(dec, slots: int, draft, by_lot: float | None):
     if by_lot is None or draft == 0:
         return dec.engine(slots, draft=draft)
     ByLot.rate_by_lot = by_lot
-    parts = dec.experts, dec.encoders, dec.guidance, slots, dec.n_rewards, 0, (), .25, dec.leader
+    parts = dec.experts, dec.encoders, dec.guidance, slots, dec.n_rewards, 0, (), .25
     return ByLot(*parts, draft=draft, pace=dec.pace)
 
 

@@ -22,7 +22,7 @@ import torch
 from tita.core import cli, progress, run_info, write_json, write_text
 from tita.decode.decoder import AlignedDecoder
 from tita.decode.engine import Row
-from tita.decode.experts import Expert, share_towers
+from tita.decode.experts import Expert
 from tita.models import chat_prompt
 from tita.decode.speculation import SpeculativeEngine
 from tita.train.trees import tree_logits
@@ -61,7 +61,7 @@ def run(dec, experts, image, draft: int, new: int) -> SpeculativeEngine:
     "Describe one image with the last of the experts (or, if they are the decoder's own, the reward) as drafter."
     own = experts is dec.experts
     cls = SpeculativeEngine if own else Drafted
-    e = cls(experts, dec.encoders, dec.guidance, 1, dec.n_rewards, 0, (), .25, share_towers(experts), draft=draft)
+    e = cls(experts, dec.encoders, dec.guidance, 1, dec.n_rewards, 0, (), .25, draft=draft)
     e.submit([Row(0, ASK["caption"], [image], dec._sampling(max_new_tokens=new), 0)])
     e.said = []
     while e.busy:

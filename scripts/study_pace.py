@@ -64,7 +64,7 @@ def rules(commits: list[str]) -> dict[str, Rule]:
 
 def decode(dec, pairs: list, new: int | None, rule: Rule, known) -> float: # tokens a second of processor time
     "All pairs at once; `known` is what the rule has measured so far."
-    parts = dec.experts, dec.encoders, dec.guidance, len(pairs), dec.n_rewards, 0, (), .25, dec.leader
+    parts = dec.experts, dec.encoders, dec.guidance, len(pairs), dec.n_rewards, 0, (), .25
     if rule.draft == 0:
         engine = dec.engine(len(pairs), draft=0)
     else:

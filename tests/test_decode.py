@@ -533,8 +533,9 @@ def test_memory_stays_flat():
     "Ten thousand settings leave what one leaves."
     e = AlignedDecoder(BASE, REWARD, PROCESSOR, REF).engine(4)
     for i in range(10_000):
-        e._place(sampling.Sampling(max_new_tokens=1 + i), 0)
-    assert len(e.groups) == len(e.warpers) == len(e.ends) == 1
+        e.rows = [engine.Row(0, ASKED, [], sampling.Sampling(max_new_tokens=1 + i), 0)]
+        e._survey()
+    assert len(e.groups) == len(e.warpers) == 1
 
 
 def test_a_penalty_is_paid_for_while_it_runs():

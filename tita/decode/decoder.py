@@ -108,9 +108,8 @@ def _arrange(self: AlignedDecoder):
     "Make experts and encoders of the models as they are now."
     parts = parts_of(self.guidance, self.base, self.rewards, self.references)
     processors = self.processor, self.reward_processor
-    lineup = line_up(parts, processors, self.map, self.system, self.contrast_t)
-    self.experts, self.encoders = lineup.experts, lineup.encoders
-    self.n_rewards, self.leader = lineup.rewards, lineup.leader
+    self.experts, self.encoders = line_up(parts, processors, self.map, self.system, self.contrast_t)
+    self.n_rewards = sum(p.role == "reward" for p in parts)
     for e in self.experts if not self.graphs else ():
         e.record = None
 
@@ -157,7 +156,7 @@ def engine(self: AlignedDecoder,
     self.refresh()
     slots = max(1, min(rows, self.slots or slots_by_memory(self.experts)))
     made_of = self.experts, self.encoders, self.guidance, slots, self.n_rewards
-    args = *made_of, noise_seed, processors, refill, self.leader
+    args = *made_of, noise_seed, processors, refill
     if draft == 0 or not self.n_rewards:
         return Engine(*args)
     return SpeculativeEngine(*args, draft=draft, pace=self.pace)

@@ -33,13 +33,13 @@ class Engine(Slots):
         noise_seed: int = 0, # of the noised images (contrast)
         processors: list = (), # more logits processors, called row by row with (ids, scores)
         refill: float = .25, # share of slots that must be free before new rows are read; 0: at once
-        leader: list[int] | None = None, # see `share_towers`, where it is known
     ):
         own = [copy.copy(e) for e in experts] # two engines may run at once
         super().__init__(own, guidance, slots, rewards, processors)
         self.intake = Intake(self.experts, encoders, self.vocab)
-        self.noise_seed, self.leader = noise_seed, leader or share_towers(experts)
-        self.least_free = max(1, int(slots * refill))
+        if any(e.leader is None for e in self.experts):
+            share_towers(self.experts)
+        self.noise_seed, self.least_free = noise_seed, max(1, int(slots * refill))
         self.queue, self.ready = deque(), deque() # rows that wait, and those among them that can be read
         self.kept, self.steps, self.is_closed = set(), 0, False # keys of images that stay; steps so far
         for e in self.experts:
@@ -160,7 +160,7 @@ def _read(self: Engine, rows: list[Row]) -> list[Tensor]: # of each expert (m, V
     if view: # wait with the others until one is needed
         keys = [] if all(map(self._is_known, keys)) else [k for k in view if not self._is_known(k)]
     pixels = [_joined(enc, keys) for enc in self.intake.encoders]
-    inputs = look(self.experts, self.leader, pixels, self.noise_seed) if keys else [{}] * len(self.experts)
+    inputs = look(self.experts, pixels, self.noise_seed) if keys else [{}] * len(self.experts)
     logits = []
     for e, features in zip(self.experts, inputs):
         prompts, shared = [r.prompts[e.encoder] for r in rows], {k: r.prompts[e.encoder] for k, r in view.items()}
@@ -233,7 +233,7 @@ def _stopped(self: Engine, i: int, length: int | None = None) -> bool:
 def _harvest(self: Engine, a: int, b: int) -> list[tuple[Row, Output]]: # the rows that are over
     "Take out the rows among a to b that have just ended."
     rows, at = torch.arange(a, b), self.count[a:b]
-    has_end = self.ends[self.group[a:b], self.last[a:b]]
+    has_end = self.ends[rows, self.last[a:b]]
     if self.is_forced:
         has_end &= self.forced[rows, at - 1] < 0
     if not (self.has_stops or self.why or (has_end | (at >= self.limit[a:b]) | ~self.good).any()):

@@ -6,7 +6,7 @@
 __all__ = ['all_modules', 'Anatomy', 'without_adapter', 'Counts', 'Expert', 'share_towers', 'look']
 
 # %% ../../nbs/decode/14_experts.ipynb #a4144bfb
-import copy, inspect, math, time, weakref
+import copy, inspect, time, weakref
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -98,6 +98,7 @@ class Counts:
 class Expert(Anatomy):
     "A model with the keys and values of its rows. Raises `TitaError` for a model that cannot be cached this way."
     kept = frozenset() # images whose prefixes stay though nobody asks about them
+    leader = None # place of the expert whose tower it can use, see `share_towers`
     def __init__(self,
         model, # a vision-language or language model, possibly with a PEFT adapter
         encoder: int = 0, # which of the decoder's encoders makes its prompts
@@ -244,8 +245,7 @@ def forward(self: Expert,
 def _fixed(self: Expert, cache, tokens: Tensor, at: Tensor, kv: int) -> Tensor: # (m, q, V)
     "A forward that can be recorded; `at` (2, m) are lengths, and what M-RoPE adds to them."
     positions, mask = cache.place_fixed(at[0], tokens.shape[1], kv)
-    bias = torch.zeros(mask.shape, dtype=self.stack.embedding.dtype, device=mask.device).masked_fill_(~mask, -math.inf)
-    return self._logits(self.stack(tokens, positions + at[1][:, None], bias, cache))
+    return self._logits(self.stack(tokens, positions + at[1][:, None], mask, cache))
 
 @patch
 def _replay(self: Expert, cache, tokens: Tensor, lens: Tensor, delta) -> Tensor: # (m, q, V)
@@ -256,7 +256,7 @@ def _replay(self: Expert, cache, tokens: Tensor, lens: Tensor, delta) -> Tensor:
     n, kv = min(1 << (m - 1).bit_length(), cache.rows), columns(longest, cache.room)
     at = torch.stack([lens, delta if torch.is_tensor(delta) else lens.new_full((m,), delta)])
     self._reach(cache.room, at[1])
-    key = n, q, kv, stack.reached, stack.first.data_ptr(), stack.embedding.data_ptr()
+    key = n, q, kv, len(stack.turns), stack.first.data_ptr(), stack.embedding.data_ptr()
     run = lambda tokens, at: self._fixed(cache, tokens, at, kv)
     more = 0, n - m
     return cache.graphs(key, run, F.pad(tokens, (0, 0, *more)), send(F.pad(at, more), tokens.device))[:m]
@@ -271,7 +271,7 @@ def extend(self: Expert,
     "Append a block to each row, or as much of it as the row's context holds. `lens` stay, as for `forward`."
     lens, delta = self.lens[rows] + ahead, self.delta[rows]  # (m) each
     (m, q), room = tokens.shape, self.context - lens
-    if room.min() >= q:
+    if int(room.min()) >= q:
         return self.forward(self.cache, rows, tokens, lens, delta=delta if self.mrope else 0)
     slots, widths = torch.arange(len(self.lens))[rows], room.clamp(0, q)
     logits = self.head.weight.new_zeros(m, q, len(self.head.weight))
@@ -294,15 +294,11 @@ def _same_sight(a: Expert, b: Expert) -> bool:
     can = all(e.takes_features and hasattr(e.body, "vision_tower") and _frozen(e) for e in (a, b))
     return can and same_tower(a.core, b.core)
 
-def share_towers(
-    experts: list[Expert], # of one decoder
-) -> list[int]: # for each the first expert whose tower it can use
-    "Which vision towers are the same: equal weights, equal pixels."
-    leader = []
+def share_towers(experts: list[Expert]):
+    "Note for each the first expert whose vision tower it can use: equal weights, equal pixels."
     for i, e in enumerate(experts):
-        same = [j for j in range(i) if leader[j] == j and _same_sight(e, experts[j])]
-        leader.append(same[0] if same else i)
-    return leader
+        same = [j for j, other in enumerate(experts[:i]) if other.leader == j and _same_sight(e, other)]
+        e.leader = same[0] if same else i
 
 # %% ../../nbs/decode/14_experts.ipynb #e4a70014
 @patch
@@ -319,14 +315,14 @@ def _pixels(self: Expert, pixels: dict, seed: int) -> dict:
 @torch.no_grad()
 def look(
     experts: list[Expert], # of one decoder
-    leader: list[int], # see `share_towers`
     pixels: list[dict], # for each encoder the pixels of the images, in order
     seed: int = 0, # of the noise, for an expert that sees a noised image
 ) -> list[dict]: # for each expert what its forward needs
     "The image features of all experts."
-    shared = {j: looks_once(experts[j].body.vision_tower) for j in leader if leader.count(j) > 1}
+    leaders = [e.leader for e in experts]
+    shared = {j: looks_once(experts[j].body.vision_tower) for j in leaders if leaders.count(j) > 1}
     out = []
-    for e, j in zip(experts, leader):
+    for e, j in zip(experts, leaders):
         px = e._pixels(pixels[e.encoder], seed) if e.image_token is not None else {}
         if px and e.takes_features:
             sees = with_tower(e.body, shared[j]) if j in shared else e.core

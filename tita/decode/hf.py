@@ -49,7 +49,7 @@ def _read_prompts(self: AlignedLogitsProcessor, rows: int) -> list[Tensor]: # (m
             "AlignedDecoder.generate(n=...)")
     pixels = {k: v for k, v in x.items() if k in ("pixel_values", "image_grid_thw", "image_sizes")}
     for_each = [pixels] * len(self.decoder.encoders)
-    features = look(experts, self.decoder.leader, for_each) if pixels else [{}] * len(experts)
+    features = look(experts, for_each) if pixels else [{}] * len(experts)
     self.others, out, longest = experts[1:], [], max(map(len, prompts))
     for e, seen in zip(self.others, features[1:]):
         e.open(rows, longest + 32, self)

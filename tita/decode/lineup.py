@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SERVER', 'load_once', 'as_list', 'has_adapter', 'remembers_otherwise', 'check_family', 'processor_of', 'what_it_does',
-           'processor_beside', 'token_map_between', 'Part', 'reference_parts', 'parts_of', 'encoder_for', 'Lineup',
-           'line_up', 'slots_by_memory']
+           'processor_beside', 'token_map_between', 'Part', 'reference_parts', 'parts_of', 'encoder_for', 'line_up',
+           'slots_by_memory']
 
 # %% ../../nbs/decode/18_lineup.ipynb #18c00004
 import warnings
@@ -162,21 +162,13 @@ def encoder_for(
     return len(encoders) - 1
 
 # %% ../../nbs/decode/18_lineup.ipynb #18c0001e
-@dataclass
-class Lineup:
-    "Who takes part, as the engine needs it."
-    experts: list[Expert] # base, rewards, references
-    encoders: list[Encoder] # that the experts name; the base's first
-    rewards: int # how many of the experts are rewards
-    leader: list[int] # for each expert the one whose vision tower it can use
-
 def line_up(
     parts: list[Part], # of `parts_of`
     processors: tuple, # of the base, of the rewards
     token_map: TokenMap | None = None, # of the rewards and references, where their tokens are not the base's
     system: str | None = None, # instructions before each question
     noise: int = 500, # diffusion step of the noised image
-) -> Lineup:
+) -> tuple[list[Expert], list[Encoder]]: # base, rewards, references, and the encoders they name, the base's first
     "Make experts and encoders of the models. Raises `TitaError` for a model that cannot take part."
     encoders, experts = [Encoder(processors[0], image_token(parts[0].model), system)], []
     for p in parts:
@@ -185,7 +177,8 @@ def line_up(
         else:
             encoder = encoder_for(encoders, image_token(p.model), processors[1])
             experts.append(Expert(p.model, encoder, p.adapter, map=token_map))
-    return Lineup(experts, encoders, sum(p.role == "reward" for p in parts), share_towers(experts))
+    share_towers(experts)
+    return experts, encoders
 
 # %% ../../nbs/decode/18_lineup.ipynb #18c00021
 def slots_by_memory(

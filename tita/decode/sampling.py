@@ -140,18 +140,15 @@ def settings_as_generate(
     return Sampling(**same, stop=_listed(stop), eos=_listed(eos), more={k: settings[k] for k in MORE & settings.keys()})
 
 # %% ../../nbs/decode/07_sampling.ipynb #544c3eca
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >= 1 << 63 else x
-
 def uniform(
     seeds: Tensor, # (m) int64
     counter: Tensor | int, # (m) which number of the row
 ) -> Tensor: # (m) float64, more than 0, at most 1
     "The random numbers of rows: a function of seed and counter alone."
     shift = lambda x, s: (x >> s) & ((1 << 64 - s) - 1)
-    x = seeds + (torch.as_tensor(counter, device=seeds.device) + 1) * _signed(0x9E3779B97F4A7C15)
-    x = (x ^ shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ shift(x, 27)) * _signed(0x94D049BB133111EB)
+    x = seeds + (torch.as_tensor(counter, device=seeds.device) + 1) * -0x61C8864680B583EB
+    x = (x ^ shift(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ shift(x, 27)) * -0x6B2FB644ECCEEE15
     return (shift(x ^ shift(x, 31), 11).double() + 1) / 2**53
 
 def invert(

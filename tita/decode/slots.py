@@ -21,6 +21,7 @@ from .vocabularies import carry_over
 class Slots:
     "Places of rows that run at once, and what is noted of them."
     watch = False # note where the drafter was right
+    texts = dict(tokens=-1, base_tokens=-1, forced=-1, rewards=0., own=0.) # notes of each token, and what is nothing
     def __init__(self,
         experts: list, # base, rewards, references
         guidance: Callable | None, # (base, rewards, references), logits each, to scores and signal; None: base alone
@@ -32,8 +33,7 @@ class Slots:
         self.n_rewards, self.processors = rewards, list(processors)
         self.vocab = min(e.vocab for e in experts if e.map is None)
         self.rows, self.why = [], {} # the running rows; slot -> what went wrong there
-        self.groups, self.warpers = [], [] # settings in use, and the processors of those that need no text
-        self.ends = torch.zeros(0, self.vocab, dtype=torch.bool) # (settings, V) tokens that end a row
+        self.groups, self.warpers = {}, {} # settings in use -> slots (m) of their rows; see `_rules`
         self.produced = 0 # tokens
         self._make_records()
         self._survey()
@@ -47,17 +47,16 @@ class Slots:
 def _make_records(self: Slots):
     numbers = lambda: torch.zeros(self.slots, dtype=torch.long)
     self.last, self.count, self.limit = numbers(), numbers(), numbers() # newest token; tokens so far, and at most
-    self.seed, self.group = numbers(), numbers() # of the row; its settings, among `groups`
+    self.seed, self.ends = numbers(), torch.zeros(self.slots, self.vocab, dtype=torch.bool) # tokens that end the row
     self.lam, self.bound = torch.zeros(2, self.slots) # of the rows that have their own
-    texts = lambda: torch.full((self.slots, 16), -1)
-    self.tokens, self.base_tokens, self.forced = texts(), texts(), texts()
-    self.rewards = torch.zeros(self.slots, 16)
+    for name, nothing in self.texts.items():
+        setattr(self, name, torch.full((self.slots, 16), nothing))
 
 @patch
 def _records(self: Slots) -> list[Tensor]:
     "All that moves where a row moves."
-    texts = [self.tokens, self.base_tokens, self.forced, self.rewards]
-    return [self.last, self.count, self.limit, self.seed, self.group, self.lam, self.bound, *texts]
+    texts = [getattr(self, name) for name in self.texts]
+    return [self.last, self.count, self.limit, self.seed, self.ends, self.lam, self.bound, *texts]
 
 @patch
 def _widen(self: Slots, width: int):
@@ -65,51 +64,34 @@ def _widen(self: Slots, width: int):
     have = self.tokens.shape[1]
     if width > have:
         more = 0, max(width, 2 * have) - have
-        for name in ("tokens", "base_tokens", "forced"):
-            setattr(self, name, F.pad(getattr(self, name), more, value=-1))
-        self.rewards = F.pad(self.rewards, more)
+        for name, nothing in self.texts.items():
+            setattr(self, name, F.pad(getattr(self, name), more, value=nothing))
 
 # %% ../../nbs/decode/12_slots.ipynb #1251000c
 @patch
 def _survey(self: Slots):
     "What the running rows need, now that they have changed."
-    used = self.group[:self.n].unique().tolist()
+    groups = {}
+    for i, row in enumerate(self.rows):
+        groups.setdefault(row.sampling, []).append(i)
+    self.groups = {s: torch.tensor(slots) for s, slots in groups.items()}
+    self.warpers = {s: self._rules(s) for s in groups}  # the others are forgotten
+    reads_text = any(rules is None for rules in self.warpers.values())
+    self.is_greedy = not (any(s.temperature for s in groups) or reads_text or any(self.warpers.values()))
+    self.has_stops = any(s.stop for s in groups)
     self.is_heard = any(r.on_token for r in self.rows)
     self.is_forced = any(r.forced is not None for r in self.rows)
-    self.reads_text = any(self.warpers[g] is None for g in used)
-    self.changes_scores = self.reads_text or any(self.warpers[g] for g in used)
-    self.draws = any(self.groups[g].temperature for g in used)
-    self.has_stops = any(self.groups[g].stop for g in used)
+    self.forcing = self.is_forced or reads_text  # rows must go token by token
     self.has_own_strength = any(r.lam is not None or r.bound is not None for r in self.rows)
-
-@patch(as_prop=True)
-def forcing(self: Slots) -> bool:
-    "Must rows go token by token, since an answer is given or a processor reads the text so far?"
-    return self.is_forced or self.reads_text
-
-@patch
-def _greedy(self: Slots) -> bool:
-    "Whether no row draws, and none has its scores changed."
-    return not (self.draws or self.changes_scores)
 
 # %% ../../nbs/decode/12_slots.ipynb #6ea47248
 @patch
-def _place(self: Slots, s: Sampling, slot: int) -> int: # of these settings among `groups`
-    "Where settings are noted. Those that no row before this slot has are overwritten."
-    if s in self.groups:
-        return self.groups.index(s)
-    used = set(self.group[:slot].tolist())
-    place = next(g for g in range(slot + 1) if g not in used)
-    if place == len(self.groups):
-        self.groups.append(None)
-        self.warpers.append(None)
-        self.ends = F.pad(self.ends, (0, 0, 0, 1))
-    rules = s.processors(self.experts[0].core, extra=self.processors, device=self.experts[0].device)
-    self.groups[place] = s
-    self.warpers[place] = rules if all(isinstance(r, TEXT_FREE) for r in rules) else None # None: a row has its own
-    self.ends[place] = False
-    self.ends[place, [t for t in s.eos if 0 <= t < self.vocab]] = True
-    return place
+def _rules(self: Slots, s: Sampling) -> list | None: # None: each row needs its own
+    "The processors of settings, where they need no text."
+    if s not in self.warpers:
+        rules = s.processors(self.experts[0].core, extra=self.processors, device=self.experts[0].device)
+        self.warpers[s] = rules if all(isinstance(r, TEXT_FREE) for r in rules) else None
+    return self.warpers[s]
 
 # %% ../../nbs/decode/12_slots.ipynb #1251000b
 @patch
@@ -122,19 +104,18 @@ def _seat(self: Slots, rows: list[Row], a: int, b: int):
         for own in ([r.lam for r in rows], [r.bound for r in rows]))
     self.count[a:b] = 0
     self.forced[a:b] = -1
+    self.ends[a:b] = False
     for i, row in enumerate(rows, a):
-        if i == a or row.sampling is not rows[i - a - 1].sampling:
-            place = self._place(row.sampling, i)
-        self.group[i] = place
-        self._seat_alone(row, i, reads_text=self.warpers[place] is None)
+        self.ends[i, [t for t in row.sampling.eos if 0 <= t < self.vocab]] = True
+        self._seat_alone(row, i)
 
 # %% ../../nbs/decode/12_slots.ipynb #12510014
 @patch
-def _seat_alone(self: Slots, row: Row, i: int, reads_text: bool):
+def _seat_alone(self: Slots, row: Row, i: int):
     "What few rows need."
     if row.sampling.stop:
         row.text = Text(self.tokenizer)
-    if reads_text:
+    if self._rules(row.sampling) is None:
         base = self.experts[0]
         row.rules = row.sampling.processors(base.core, row.prompts[0].ids, self.processors, base.device)
     if row.forced is not None:
@@ -203,9 +184,8 @@ def _bounds(self: Slots) -> Tensor: # (n) nats, of the running rows
 @patch
 def _warp(self: Slots, s: Sampling, scores: Tensor, slots: list[int]) -> Tensor: # (m, V)
     "Processors on scores (m, V) of rows with the same settings; `slots` count only if these read the text."
-    warpers = self.warpers[self.groups.index(s)]
-    if warpers is not None:
-        for process in warpers:
+    if self.warpers[s] is not None:
+        for process in self.warpers[s]:
             scores = process(None, scores)
         return scores
     for rules in zip(*(self.rows[i].rules for i in slots)):
@@ -234,32 +214,28 @@ def _apply_alone(self: Slots, process: Callable, text: list[int], scores: Tensor
         self.why[slot] = f"a logits processor failed ({reason(e)})"
         return scores
 
-@patch
-def _couples(self: Slots, s: Sampling) -> bool:
-    "Whether rows with these settings draw in two stages: their processors must not read the text so far."
-    return bool(s.temperature and self.n_rewards and self.warpers[self.groups.index(s)] is not None)
-
 # %% ../../nbs/decode/12_slots.ipynb #84a359d3
 @patch
 def _pick(self: Slots,
-    scores: Tensor, # (m, J, V) aligned
-    drafted: Tensor | None, # (m, J, V) of the drafter
+    scores: Tensor, drafted: Tensor | None, # (m, J, V) aligned, and of the drafter
     a: int, b: int, # the slots
     proposals: Tensor | None = None, # (m, J) what the drafter drew, where it already has
     ahead: int = 0, # tokens of the rows that stand before these and are not noted yet
 ) -> Tensor: # (m, J) on the host
     "The next J tokens of each row."
-    if self._greedy():
+    if self.is_greedy:
         tokens = scores.argmax(-1)
         if self.watch and drafted is not None:
             self.hits = (tokens == (drafted.argmax(-1) if proposals is None else proposals)).cpu()
         return tokens.cpu()
     tokens = torch.empty(scores.shape[:2], dtype=torch.long)
     self.hits = torch.zeros(scores.shape[:2], dtype=torch.bool) # where the drafter was right
-    for g in self.group[a:b].unique().tolist():
-        at = (self.group[a:b] == g).nonzero()[:, 0]
+    for s, slots in self.groups.items():
+        at = slots[(slots >= a) & (slots < b)] - a
+        if not len(at):
+            continue
         parts = [x if x is None or len(at) == b - a else x[at.to(x.device)] for x in (scores, drafted, proposals)]
-        new, guess = self._draw(self.groups[g], a + at, *parts, ahead)
+        new, guess = self._draw(s, a + at, *parts, ahead)
         tokens[at] = new.cpu()
         if self.watch and guess is not None:
             self.hits[at] = (new == guess).cpu()
@@ -280,7 +256,7 @@ def _draw(self: Slots,
         return p.argmax(-1), guess
     seeds = self.seed[slots, None].expand(m, J).to(p.device)
     t = (self.count[slots, None] + ahead + torch.arange(J)).to(p.device) # (m, J) which token of the answer it is
-    if not self._couples(s):
+    if not self.n_rewards or self.warpers[s] is None: # one stage: no drafter, or processors that read the text so far
         return invert(p.double().softmax(-1), uniform(seeds, 4 * t + 3)), guess
     q = self._warp(s, drafted.reshape(-1, V), []).view(m, J, V)
     guess = propose(q, seeds, t) if proposals is None else proposals

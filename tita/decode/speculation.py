@@ -10,12 +10,10 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from ..core import TitaError
 from .engine import Engine
-from .experts import Expert
 from .graphs import send
 from .guidance import settled, signal, token_rewards
 from .pace import Pace
@@ -53,20 +51,9 @@ class SpeculativeEngine(Engine):
             raise TitaError("draft='lazy' needs bounded guidance; give a bound in nats (bound=1.) or take draft='auto'")
         self.draft, self.pace, self.drafter = draft, pace or Pace(), self.experts[1]
         self.speculated = Speculated()
-        self.own = torch.zeros(self.slots, self.tokens.shape[1]) # the base's log-probability of each token
         self.others_lag = False # have the experts but the base tokens to read?
         on_host = self.drafter.device.type == "cpu" # what other programs take does not count there
         self.clock = time.thread_time if on_host else time.perf_counter
-
-# %% ../../nbs/decode/17_speculation.ipynb #5b170009
-@patch
-def _records(self: SpeculativeEngine):
-    return [*super(SpeculativeEngine, self)._records(), self.own]
-
-@patch
-def _widen(self: SpeculativeEngine, width: int):
-    super(SpeculativeEngine, self)._widen(width)
-    self.own = F.pad(self.own, (0, self.tokens.shape[1] - self.own.shape[1]))
 
 # %% ../../nbs/decode/17_speculation.ipynb #38e31c60
 def standing(
@@ -80,29 +67,20 @@ def standing(
 @patch
 def _guess(self: SpeculativeEngine, logits: Tensor, j: int) -> Tensor: # (n) ids, on the models' device
     "What the drafter takes for the j-th token of the block."
-    n, out = self.n, logits.argmax(-1)
-    if self._greedy():
-        return out
-    for g in self.group[:n].unique().tolist():
-        if not (s := self.groups[g]).temperature:
-            continue
-        at = (self.group[:n] == g).nonzero()[:, 0]
-        dev, seeds, t = (send(x, logits.device) for x in (at, self.seed[at], self.count[at] + j))
-        out[dev] = propose(self._warp(s, logits[dev], []), seeds, t)
+    out = logits.argmax(-1)
+    for s, at in self.groups.items() if not self.is_greedy else ():
+        if s.temperature:
+            dev, seeds, t = (send(x, logits.device) for x in (at, self.seed[at], self.count[at] + j))
+            out[dev] = propose(self._warp(s, logits[dev], []), seeds, t)
     return out
-
-@patch
-def _append(self: SpeculativeEngine, e: Expert, tokens: Tensor, ahead: int = 0) -> Tensor: # (n, q, V) logits
-    "Let an expert read (n, q) tokens that stand `ahead` behind the end of each row."
-    return e.extend(slice(0, self.n), tokens, ahead)
 
 # %% ../../nbs/decode/17_speculation.ipynb #5b17000b
 @patch
 def _write_draft(self: SpeculativeEngine, k: int) -> tuple[Tensor, list[Tensor]]:
     "Let the drafter run ahead: (n, k+1) last token and draft, and k logits (n, V)."
-    block, logits = [send(self.last[:self.n], self.drafter.device)], []
+    rows, block, logits = slice(0, self.n), [send(self.last[:self.n], self.drafter.device)], []
     for j in range(k):
-        logits.append(self._append(self.drafter, block[-1][:, None], j)[:, 0, :self.vocab])
+        logits.append(self.drafter.extend(rows, block[-1][:, None], j)[:, 0, :self.vocab])
         block.append(self._guess(logits[-1], j))
     return torch.stack(block, 1), logits
 
@@ -128,12 +106,12 @@ def _judge(self: SpeculativeEngine, logits: list[Tensor], ahead: int, proposals:
 @patch
 def _verify(self: SpeculativeEngine, block: Tensor, drafted: list[Tensor]) -> Verdict:
     "What the models say about a block of k drafts: k tokens of each row, or k+1 if a row accepted all."
-    k, e = len(drafted), self.drafter
-    logits = [torch.stack(drafted, 1) if x is e else self._append(x, block.to(x.device)) for x in self.experts]
+    k, e, rows = len(drafted), self.drafter, slice(0, self.n)
+    logits = [torch.stack(drafted, 1) if x is e else x.extend(rows, block.to(x.device)) for x in self.experts]
     verdict = self._judge([x[:, :k] for x in logits], 0, block[:, 1:])
     if (standing(verdict.targets, block[:, 1:].cpu()) <= k).all():
         return verdict
-    after_all = self._append(e, block[:, -1:], k)
+    after_all = e.extend(rows, block[:, -1:], k)
     more = self._judge([after_all if x is e else y[:, k:] for x, y in zip(self.experts, logits)], k)
     return Verdict(*(torch.cat(both, 1) for both in zip(verdict, more)))
 
@@ -143,7 +121,7 @@ def _ends_at(self: SpeculativeEngine, targets: Tensor, keep: Tensor) -> Tensor: 
     "Cut the kept tokens at the first that ends the row."
     n, J = targets.shape
     at = self.count[:n, None] + 1 + torch.arange(J)
-    over = self.ends[self.group[:n]].gather(1, targets) | (at >= self.limit[:n, None])
+    over = self.ends[:n].gather(1, targets) | (at >= self.limit[:n, None])
     first = torch.where(over.any(1), over.long().argmax(1) + 1, J)
     return torch.minimum(keep, first)
 
@@ -257,7 +235,7 @@ def _lazy(self: SpeculativeEngine):
     "One token for each row; the others run for those where the base is unsure."
     base, before, self.others_lag = self.experts[0], self.count[:self.n].clone(), True
     self._widen(int(before.max()) + 1)
-    logits = self._append(base, self.last[:self.n, None])[:, 0, :self.vocab]  # (n, V)
+    logits = base.extend(slice(0, self.n), self.last[:self.n, None])[:, 0, :self.vocab]  # (n, V)
     base.lens[:self.n] += 1
     hard = (~settled(logits.float(), self._bounds().to(logits.device))).cpu()
     self._take_base(logits, before)
@@ -294,29 +272,13 @@ def _must_be_plain(self: SpeculativeEngine) -> bool:
     "A processor must see the text so far, and models with other tokens cannot draft."
     return self.forcing or any(e.map for e in self.experts)
 
-@patch
-def _may_be_lazy(self: SpeculativeEngine) -> bool:
-    return self.guidance.lazy and self._greedy()
-
-@patch
-def _longest_draft(self: SpeculativeEngine) -> int:
-    "As much as the row with most to say can use; what is too long for another is cut there."
-    n = self.n
-    return max(0, int((self.limit[:n] - self.count[:n]).max()) - 1)
-
 # %% ../../nbs/decode/17_speculation.ipynb #5b170018
 @patch
 def _draft_length(self: SpeculativeEngine) -> int:
-    "How many tokens are drafted next."
-    wanted = self.pace.best(self.n) if self.draft == "auto" else self.draft
-    return min(wanted, self._longest_draft()) if wanted else 0
-
-@patch
-def _plain(self: SpeculativeEngine):
-    "One token a row, watching what the drafter would have done."
-    super(SpeculativeEngine, self)._advance()
-    if not self.forcing:
-        self.pace.note_drafts([int(self.hits.sum())], [self.n])
+    "How many tokens are drafted next: at most what the row with most to say can use. Another's are cut where it ends."
+    n = self.n
+    wanted = self.pace.best(n) if self.draft == "auto" else self.draft
+    return max(0, min(wanted, int((self.limit[:n] - self.count[:n]).max()) - 1))
 
 # %% ../../nbs/decode/17_speculation.ipynb #5b170023
 @patch
@@ -329,13 +291,17 @@ def _go_on(self: SpeculativeEngine):
 @patch
 def _advance(self: SpeculativeEngine):
     "One step, in the way that suits."
-    plain = self._must_be_plain()
-    if self.draft == "lazy" and not plain and self._may_be_lazy():
+    plain, n = self._must_be_plain(), self.n
+    if self.draft == "lazy" and self.is_greedy and not plain:
         self._lazy()
         return
-    self._settle(torch.arange(self.n))
-    length = 0 if plain or self.draft == "lazy" else self._draft_length()
-    n, started = self.n, self.clock()
-    self._block(length) if length else self._plain()
+    self._settle(torch.arange(n))
+    length, started = 0 if plain or self.draft == "lazy" else self._draft_length(), self.clock()
+    if length:
+        self._block(length)
+    else:
+        super(SpeculativeEngine, self)._advance()
+        if not self.forcing: # what the drafter would have done
+            self.pace.note_drafts([int(self.hits.sum())], [n])
     if self.draft == "auto":
         self.pace.note_step(n, length > 0, self.clock() - started)
