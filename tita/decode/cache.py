@@ -285,8 +285,9 @@ def _attend(self: Stack, x: Tensor, layer: Layer, cached, turns: tuple, bias: Te
     query, key, value = (linear(x, *weights).view(m, q, -1, width) for weights in layer[1:4])
     if layer.query_norm:
         query, key = _rms(query, layer.query_norm), _rms(key, layer.key_norm)
-    turned = lambda t: torch.addcmul(t * cos, t.roll(width // 2, -1), sin)
-    query, key = turned(query.transpose(1, 2)), turned(key.transpose(1, 2))  # (m, heads, q, width)
+    both = torch.cat([query, key], 2).transpose(1, 2)  # (m, heads + shared heads, q, width)
+    both = torch.addcmul(both * cos, both.roll(width // 2, -1), sin)
+    query, key = both.split([query.shape[2], key.shape[2]], 1)
     key, value = cached.update(key, value.transpose(1, 2))  # (m, shared heads, kv, width)
     causal = bias is None and q > 1
     if self.gqa and not causal:  # queries that share keys stand one after the other
