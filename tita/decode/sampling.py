@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 import torch
 import transformers
-from fastcore.basics import patch
+from fastcore.basics import listify, patch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from ..core import TitaError
@@ -114,9 +114,6 @@ def _merge(config: GenerationConfig | None, given: dict) -> dict:
     own = {k: getattr(config, k, None) for k in KNOWN}
     return {k: v for k, v in (own | {k: v for k, v in given.items() if v is not None}).items() if v is not None}
 
-def _listed(x) -> tuple:
-    return tuple(x) if isinstance(x, (list, tuple)) else () if x is None else (x,)
-
 # %% ../../nbs/decode/07_sampling.ipynb #10d30ccc
 def settings_as_generate(
     config: GenerationConfig | None, # the model's own
@@ -137,7 +134,8 @@ def settings_as_generate(
         same |= dict(temperature=settings.get("temperature", 1.), top_k=settings.get("top_k", most))
     stop = settings.get("stop_strings") if stop is None else stop
     eos = settings.get("eos_token_id") if eos is None else eos
-    return Sampling(**same, stop=_listed(stop), eos=_listed(eos), more={k: settings[k] for k in MORE & settings.keys()})
+    same |= dict(stop=tuple(listify(stop)), eos=tuple(listify(eos)))
+    return Sampling(**same, more={k: settings[k] for k in MORE & settings.keys()})
 
 # %% ../../nbs/decode/07_sampling.ipynb #544c3eca
 def uniform(
