@@ -99,11 +99,13 @@ def counted(handle) -> dict:
     "What each replica says at /metrics, by its own numbers; any name leads to one of them."
     scope = dict(type="http", method="GET", path="/metrics", headers=[], query_string=b"")
     found = {}
-    for name in range(32):
+    for name in range(64):
         pieces = list(handle.options(stream=True).answer.remote(str(name), scope, b""))
         lines = [line.split() for line in b"".join(pieces[1:]).decode().splitlines() if line.startswith("tita:")]
         values = {key: float(value) for key, value in lines}
         found[values["tita:request_queue_time_seconds_sum"]] = values
+        if len(found) == 2:
+            break
     return found
 
 
