@@ -259,6 +259,8 @@ def compare_runs(
     results, left_out = shared_results(runs, having)
     _table("results", ["result", *head], ((k, *map(float, v)) for k, v in results.items()))
     print(f"{left_out} results are not in all of them")
+    if unfinished := [run.folder.name for run in runs if run.state == "unfinished"]:
+        print(f"{', '.join(unfinished)} has no results yet: the command that began it goes on")
     if figure and results:
         comparison_figure(runs, results, figure)
         print(f"{figure} has the first {min(24, len(results))} as a picture")

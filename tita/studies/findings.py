@@ -62,7 +62,8 @@ def metrics(self: Chain) -> dict:
     told = {name: step.told for name, step in done.items() if name not in ("strength", "test")}
     strength = done["strength"].told
     found = told | dict(scores=done["test"].told["scores"], gains=strength["gains"], chosen=strength["chosen"])
-    found |= dict(guidance=strength["guidance"], settings=asdict(self.s), seconds=self.steps.seconds, run=run_info())
+    settings = {k: v for k, v in asdict(self.s).items() if k not in NOT_SETTINGS}
+    found |= dict(guidance=strength["guidance"], settings=settings, seconds=self.steps.seconds, run=run_info())
     write_json(self.steps.out/"metrics.json", found)
     return found
 
