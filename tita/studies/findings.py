@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from fastcore.basics import patch
 from ..core import run_info, write_json, write_text
-from .chain import Chain
+from .chain import NOT_SETTINGS, Chain
 
 # %% ../../nbs/studies/91_findings.ipynb #88a00034
 def strength_figure(told: Mapping): # a `show.plots.Picture`
