@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from fastcore.basics import patch
 from ..core import run_info, write_json, write_text
-from .chain import Chain
+from .chain import NOT_SETTINGS, Chain
 
 # %% ../../nbs/studies/91_findings.ipynb #88a00034
 def strength_figure(told: Mapping): # a `show.plots.Picture`
@@ -62,7 +62,8 @@ def metrics(self: Chain) -> dict:
     told = {name: step.told for name, step in done.items() if name not in ("strength", "test")}
     strength = done["strength"].told
     found = told | dict(scores=done["test"].told["scores"], gains=strength["gains"], chosen=strength["chosen"])
-    found |= dict(guidance=strength["guidance"], settings=asdict(self.s), seconds=self.steps.seconds, run=run_info())
+    settings = {k: v for k, v in asdict(self.s).items() if k not in NOT_SETTINGS}
+    found |= dict(guidance=strength["guidance"], settings=settings, seconds=self.steps.seconds, run=run_info())
     write_json(self.steps.out/"metrics.json", found)
     return found
 
