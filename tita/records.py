@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOT_RESULTS', 'FILES', 'app', 'ONE_FOLDER', 'RUN_FOLDERS', 'ROOT', 'processor_name', 'hardware', 'begin_record',
            'numbers_in', 'intervals_in', 'RunRecord', 'run_of', 'find_runs', 'differing', 'shared_results',
-           'comparison_figure', 'list_runs', 'show_run', 'compare_runs', 'main']
+           'worth_a_panel', 'comparison_figure', 'list_runs', 'show_run', 'compare_runs', 'main']
 
 # %% ../nbs/22_records.ipynb #0600003
 import json, os, platform, sys
@@ -177,6 +177,18 @@ def _reach(run: RunRecord, name: str) -> tuple: # below and above the value
     low, high = run.intervals.get(name, (value, value))
     return max(0, value - low), max(0, high - value)
 
+# %% ../nbs/22_records.ipynb #0600021
+def worth_a_panel(
+    runs: list[RunRecord], # two or more
+    results: dict[str, list[float]], # of `shared_results`
+    most: int = 24,
+) -> list[str]: # names
+    "Results first that have an interval and differ, then those that have one or differ."
+    def rank(name):
+        measured, differs = any(name in run.intervals for run in runs), len(set(results[name])) > 1
+        return -(measured + differs), not measured
+    return sorted(results, key=rank)[:most]
+
 # %% ../nbs/22_records.ipynb #0600017
 def comparison_figure(
     runs: list[RunRecord], # two or more
@@ -185,14 +197,14 @@ def comparison_figure(
 ):
     "A panel for each result, a bar for each run, with its interval where it has one."
     from matplotlib.figure import Figure
-    names = list(results)[:24]
+    names = worth_a_panel(runs, results)
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     fig = Figure(figsize=(2.6 * columns, 1.2 + .5 * lines * len(runs)), layout="constrained")
     for ax, name in zip(fig.subplots(lines, columns, squeeze=False).flat, names):
         reach = [_reach(run, name) for run in runs]
         bars = [run.folder.name for run in runs], results[name]
-        ax.barh(*bars, xerr=list(zip(*reach)), color="#0072b2", error_kw=dict(ecolor="0.35", lw=1))
+        ax.barh(*bars, xerr=list(zip(*reach)), color="#56b4e9", error_kw=dict(ecolor="black", lw=1, capsize=2))
         ax.set_title(name.removeprefix("systems."), fontsize=8)
         ax.tick_params(labelsize=7)
         ax.invert_yaxis()
@@ -263,7 +275,8 @@ def compare_runs(
         print(f"{', '.join(unfinished)} has no results yet: the command that began it goes on")
     if figure and results:
         comparison_figure(runs, results, figure)
-        print(f"{figure} has the first {min(24, len(results))} as a picture")
+        shown = min(24, len(results))
+        print(f"{figure} has {shown} of them as a picture, those with an interval first; --having chooses")
 
 @cli
 def main():
