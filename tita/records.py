@@ -200,12 +200,13 @@ def comparison_figure(
     names = worth_a_panel(runs, results)
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
-    fig = Figure(figsize=(2.6 * columns, 1.2 + .5 * lines * len(runs)), layout="constrained")
+    fig = Figure(figsize=(2.6 * columns, 1.2 + (.2 + .5 * len(runs)) * lines), layout="constrained")
     for ax, name in zip(fig.subplots(lines, columns, squeeze=False).flat, names):
         reach = [_reach(run, name) for run in runs]
         bars = [run.folder.name for run in runs], results[name]
         ax.barh(*bars, xerr=list(zip(*reach)), color="#56b4e9", error_kw=dict(ecolor="black", lw=1, capsize=2))
-        ax.set_title(name.removeprefix("systems."), fontsize=8)
+        named = name.removeprefix("systems.").removeprefix("scores.")
+        ax.set_title(named.replace(".", "\n", 1), fontsize=8)
         ax.tick_params(labelsize=7)
         ax.invert_yaxis()
     for ax in fig.axes[len(names):]:
