@@ -238,9 +238,8 @@ def show_run(
     _table(f"{folder.name}: settings", ["parameter", "value"], run.settings.items())
     _table("stages", ["stage", "seconds"], run.seconds.items())
     _table("results", ["result", "value"], ((k, float(v)) for k, v in run.results.items() if having in k))
-    versions = run.made_by.get("versions", {})
-    print("made by", run.made_by.get("commit", "?"), "(changed)" if run.made_by.get("changed") else "",
-        ", ".join(f"{k} {v}" for k, v in versions.items()))
+    versions = ", ".join(f"{k} {v}" for k, v in run.made_by.get("versions", {}).items())
+    print("made by", run.made_by.get("commit", "?"), "(changed)" if run.made_by.get("changed") else "", versions)
 
 # %% ../nbs/22_records.ipynb #060001d
 @app.command("compare")

@@ -303,8 +303,8 @@ def _rest(page: Report, results, figures, info, titles) -> str:
     return (page.section("How this was made").terms(info) if info else page).html()
 
 # %% ../../nbs/show/66_report.ipynb #a6609c08
-FIRST = ("base", "reward", "base_dpo", "bounded"), ("chair_i", "pope_adversarial_accuracy", "color_accuracy",
-    "text_accuracy") # systems and metrics of the first table
+# systems and metrics of the first table
+FIRST = "base reward base_dpo bounded".split(), "chair_i pope_adversarial_accuracy color_accuracy text_accuracy".split()
 
 def report_html(
     title: str, # of the page
