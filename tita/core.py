@@ -71,7 +71,8 @@ def commands(
     import typer
     class Commands(typer.Typer):
         def command(self, *args, **kwargs):
-            return lambda func: super(Commands, self).command(*args, **kwargs)(cli(func))
+            register = super().command(*args, **kwargs)
+            return lambda func: (register(cli(func)), func)[1]  # in Python it stays what it is
     app = Commands(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
     app.callback(help=help)(lambda: None)  # without it a single command would have no name
     return app

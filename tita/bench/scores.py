@@ -155,8 +155,8 @@ def compare_right(a, b) -> dict:
     delta = float((b - a).mean()) if len(a) else math.nan
     discordant = only_first + only_second
     p = float(binomtest(only_second, discordant).pvalue) if discordant else 1.
-    return dict(n=len(a), delta=100 * delta, low=100 * low, high=100 * high,
-        only_first=only_first, only_second=only_second, p=p)
+    points = dict(delta=100 * delta, low=100 * low, high=100 * high)
+    return dict(n=len(a), **points, only_first=only_first, only_second=only_second, p=p)
 
 # %% ../../nbs/bench/72_scores.ipynb #76905260
 def compare_times(a, b) -> dict:

@@ -143,9 +143,9 @@ def make_row(
     for said in "response", "error":
         got[said] = got[said] and redact(got[said], e.key)
     total = round(sum(t["seconds"] + t["wait"] for t in tries), 5)
-    times = dict(response_time=last.get("seconds", 0.), total_time=total, queued=round(queued, 5), attempts=list(tries))
-    paid = dict(cost=_cost(job, got, tries, size), currency=e.price and e.price.currency)
-    return {**_asked(job), **got, **times, **paid, **job.load, "started": round(started, 3)}
+    times = dict(response_time=last.get("seconds", 0.), total_time=total, queued=round(queued, 5))
+    tried = dict(attempts=list(tries), cost=_cost(job, got, tries, size), currency=e.price and e.price.currency)
+    return {**_asked(job), **got, **times, **tried, **job.load, "started": round(started, 3)}
 
 # %% ../../nbs/bench/70_traffic.ipynb #394f7481
 class Sink:

@@ -332,8 +332,8 @@ def _keep(self: TowerCache, number: int, piece):
         if len(self.kept) == 1:
             self._tell()
     except OSError as e:
-        warnings.warn(f"no room for image features ({e}): the tower will see image {number} and later ones in every "
-                      "epoch; free disk space in TMPDIR's folder, or give more main memory (--feature_cache_gb)")
+        told = f"no room for image features ({e}): the tower will see image {number} and later ones in every epoch"
+        warnings.warn(f"{told}; free disk space in TMPDIR's folder, or give more main memory (--feature_cache_gb)")
 
 # %% ../../nbs/train/50_images.ipynb #c0de0221
 @patch

@@ -217,7 +217,8 @@ _MAYBE_PATHS = "model_name_or_path", "base", "processor", "chat_template" # or a
 def yaml_root(file: str|Path) -> Path:
     "Where the relative paths of a YAML file count from."
     folder = Path(file).resolve().parent
-    return next((p for p in (folder, *folder.parents) if (p/".git").exists() or (p/"settings.ini").exists()), folder)
+    is_root = lambda p: (p/".git").exists() or (p/"settings.ini").exists()
+    return next(filter(is_root, (folder, *folder.parents)), folder)
 
 # %% ../../nbs/train/55_recipes.ipynb #55d0a017
 def read_settings(

@@ -232,8 +232,8 @@ def _presence(rng, scene: Scene, per_kind: int) -> list[Question]:
     "POPE's three splits: what is there is asked in each, and as many things that are not."
     there = scene.objects
     absent = [o for o in OBJECTS if o not in there]
-    pools = {"random": absent, "popular": [o for o in absent if o in POPULAR],
-             "adversarial": [o for o in absent if o in THEMES[scene.theme]]}
+    fitting = [o for o in absent if o in THEMES[scene.theme]]
+    pools = dict(random=absent, popular=[o for o in absent if o in POPULAR], adversarial=fitting)
     k = min(per_kind, len(there), *map(len, pools.values()))
     yes, out = rng.sample(there, k), []
     for split, pool in pools.items():
