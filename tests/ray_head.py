@@ -25,6 +25,8 @@ def start_ray(port: int, log) -> subprocess.Popen:
     patience = dict(RAY_agent_register_timeout_ms="600000", RAY_worker_register_timeout_seconds="600",
         RAY_prestart_worker_first_driver="0", RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0")
     patience |= {f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S": "600" for check in ("READY", "HEALTH")}
+    # a replica that is asked how many wait, and says nothing for 0.1 s, is passed over, also if it has the image
+    patience |= {f"RAY_SERVE_{most}QUEUE_LENGTH_RESPONSE_DEADLINE_S": "60" for most in ("", "MAX_")}
     how = ["--head", "--num-cpus=2", "--include-dashboard=false", "--block"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *how, *ports]
     return subprocess.Popen(command, env=os.environ | patience, stdout=log, stderr=subprocess.STDOUT)
