@@ -101,7 +101,7 @@ def last_checkpoint(
 # %% ../../nbs/train/54_training_runs.ipynb #23b44f05
 _FREE = set("""output_dir resume_from_checkpoint logging_dir report_to disable_tqdm save_total_limit save_steps
     save_strategy logging_steps deepspeed local_rank dataloader_num_workers feature_cache_gb image_cache_gb run_name
-    per_device_train_batch_size gradient_accumulation_steps""".split())
+    per_device_train_batch_size gradient_accumulation_steps remove_unused_columns""".split())
 
 def _made_of(config, data: str) -> dict:
     "What a run depends on: its settings without those that only say how it is run, and its data."
