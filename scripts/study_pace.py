@@ -4,9 +4,9 @@
     python scripts/study_pace.py --reward runs/demo/reward --out results/study_pace
 
 *draft 4*: always. *four*: the rule before, a draft of four where it pays, by one rate for all places of a draft.
-*auto*: today's rule, a rate for each place and a draft as long as its last token is worth it. All decode the same cases,
-in turn in one process; a figure is the median over rounds of the speed over that of draft 0 in that round. In every case
-each rule starts anew, and learns in a round before the first that counts.
+*auto*: today's rule, a rate for each place and a draft as long as its last token is worth it. All decode the same
+cases, in turn in one process; a figure is the median over rounds of the speed over that of draft 0 in that round.
+In every case each rule starts anew, and learns in a round before the first that counts.
 """
 import argparse
 import math
