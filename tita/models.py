@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOLD', 'load_vlm', 'load_processor', 'chat_prompt', 'opened', 'prompt_ids', 'answer_ids', 'vocab_size', 'check_pair',
            'vision_tower', 'same_tower', 'short_name', 'name_of', 'few_weights', 'looks_of', 'remember_base',
-           'shared_with', 'inside_peft', 'image_token']
+           'shared_with', 'looks_once', 'with_tower', 'inside_peft', 'image_token']
 
 # %% ../nbs/02_models.ipynb #ffc2d80f
 import contextlib, copy, re

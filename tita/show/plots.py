@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INK', 'GREY', 'RULE', 'GREEN', 'RED', 'STYLE', 'CURVES', 'Picture', 'styled', 'panels', 'label_at', 'view_grid',
-           'token_pieces', 'changed', 'token_heatmap', 'training_curves', 'metric_title', 'results_forest',
-           'count_text']
+           'token_pieces', 'changed', 'text_width', 'flow', 'token_heatmap', 'training_curves', 'metric_title',
+           'results_forest', 'count_text']
 
 # %% ../../nbs/show/65_plots.ipynb #f4e507c1
 import difflib, functools, io, math, re, warnings
