@@ -8,13 +8,18 @@ matrices of some layers and their head, which together are larger than any cache
 each counts.
 """
 import argparse
+import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tita.core import cli, run_info, write_json, write_text
 from tita.decode.cache import FEW_ROWS, Packed
 from tita.records import processor_name
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from study_stacked import least # the quickest of several turns
 
 SHAPES = {"4 x 256": (4, 256, 688), "12 x 768": (12, 768, 3072), "4 x 2048": (4, 2048, 5632)}
 VOCAB = 32_064
@@ -34,16 +39,6 @@ def multiplied(x, known: Packed):
     return torch.ops.mkldnn._linear_pointwise(x, known.matrix, None, "none", [], "")
 
 
-def least(ways: list, seconds: float) -> list[float]: # seconds of processor time of each
-    best, end = [float("inf")] * len(ways), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        for i, way in enumerate(ways):
-            started = time.process_time()
-            way()
-            best[i] = min(best[i], time.process_time() - started)
-    return best
-
-
 def measured(name: str, seconds: float) -> list[dict]:
     "One case for each number of rows."
     weights = matrices(*SHAPES[name])
@@ -54,7 +49,7 @@ def measured(name: str, seconds: float) -> list[dict]:
         assert torch.allclose(multiplied(x[0], packed[0]), F.linear(x[0], weights[0]), atol=1e-3)
         ways = [lambda: list(map(F.linear, x, weights)), lambda: list(map(the_other_way_round, x, weights)),
             lambda: list(map(multiplied, x, packed))]
-        usual, turned, by_packed = least(ways, seconds)
+        usual, turned, by_packed = least(*ways, seconds=seconds, clock=time.process_time)
         times = dict(usual_ms=1e3 * usual, turned_ms=1e3 * turned, packed_ms=1e3 * by_packed)
         cases.append(dict(shape=name, rows=rows, **times))
     return cases

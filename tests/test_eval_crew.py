@@ -48,6 +48,13 @@ def scores(out):
     return results["scores"]
 
 
+def wait_for(lines, answers, process):
+    "Until so many answers are whole in the file; the process must still be at it."
+    while whole_lines(answers) < lines:
+        assert process.poll() is None, process.communicate()
+        time.sleep(.01)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     "The run of one process."
@@ -71,13 +78,9 @@ def test_a_killed_worker_and_a_killed_run(alone, cluster, tmp_path):
     answers, whole = tmp_path/"answers.jsonl", whole_lines(alone/"answers.jsonl")
     command = "--actors", "2", "--batch", "4"
     first = start(tmp_path, *command, **place)
-    while whole_lines(answers) < whole // 4:
-        assert first.poll() is None, first.communicate()
-        time.sleep(.01)
+    wait_for(whole // 4, answers, first)
     workers(head, "MapWorker")[0].kill()
-    while whole_lines(answers) < whole // 2:
-        assert first.poll() is None, first.communicate()
-        time.sleep(.01)
+    wait_for(whole // 2, answers, first)
     first.kill()
     first.communicate()
     kept = whole_lines(answers)

@@ -135,16 +135,21 @@ def test_the_second_question_comes_after_the_models_own_answer(data, tmp_path):
     assert f"User: {rows[3]['text']}\nAssistant: {rows[3]['answer']}\n" in shown["3-2"] and "User:" not in shown[3]
 
 
+def kill_at(process, file, rows):
+    "Kill it when the file has so many rows."
+    while process.poll() is None and len(rows_in(file)) < rows:
+        time.sleep(.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_a_run_that_was_killed_between_two_turns_goes_on(data, tmp_path):
     "Second turns are asked after the first answers that are in the file; only what was on its way is asked again."
     out, slow = tmp_path/"run", {"stand-in": Persona(delay=.15)}
     with Grader(models=slow) as server:
         process = start(*asking(data, out, server))
-        while process.poll() is None and len(rows_in(out/"answers.jsonl")) < 16:
-            time.sleep(.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        kill_at(process, out/"answers.jsonl", 16)
         before, asked = rows_in(out/"answers.jsonl"), len(server.talks)
         assert 16 <= len(before) < 24 and asked - len(before) <= 8 + 6
         tita_eval(*asking(data, out, server))
@@ -284,11 +289,7 @@ def test_a_killed_judging_goes_on(data, tmp_path):
         tita_eval(*asking(data, out, server))
         args = "score", out, *judging(server, "slow")
         process = start(*args)
-        while process.poll() is None and len(rows_in(out/"judgements.jsonl")) < 9:
-            time.sleep(.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        kill_at(process, out/"judgements.jsonl", 9)
         before, asked = rows_in(out/"judgements.jsonl"), replies(server.log)
         assert 9 <= len(before) < 48 and asked - len(before) <= 8 + 4 * 2 # on their way, second and third tries
         tita_eval(*args)

@@ -17,6 +17,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from PIL import Image
 from ..core import TitaError, image_path, progress, stable_hash
+from .cache import forget_changed
 from .engine import Engine, Output, Row
 from .guidance import FORMS, OWN, SAFE, Guidance, guidance_for
 from .lineup import as_list, check_family, has_adapter, line_up, load_once, parts_of
@@ -139,7 +140,8 @@ def check_number(name: str, value, least: int | None = None):
 # %% ../../nbs/decode/19_decoder.ipynb #1c0b1603
 @patch
 def refresh(self: AlignedDecoder):
-    "Take the models apart anew if one of them has other modules by now."
+    "Take the models apart anew if one of them has other modules by now; forget copies of changed weights."
+    forget_changed()
     if any([e.has_changed() for e in self.experts]):
         self._arrange()
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from ..core import TitaError
-from .cache import RaggedCache, _linear, columns, forget_changed, project, written_out
+from .cache import RaggedCache, _linear, columns, project, written_out
 from .graphs import Graphs, record_cuda, send
 from .prompts import Prompt, padded
 from ..models import image_token, inside_peft, looks_once, same_tower, vision_tower, vocab_size, with_tower
@@ -148,7 +148,6 @@ def open(self: Expert,
     owner=None, # whose cache it is
 ):
     "Make an empty cache, or empty the one to spare. If it is recorded, it is to spare again when its owner is gone."
-    forget_changed()
     self.cache, self.counts = self._spare_cache(slots) or RaggedCache(self.layers, slots, room), Counts()
     if self.record and self.cache.graphs is None:
         self.cache.graphs = Graphs(self.record)

@@ -166,7 +166,6 @@ app = commands("Benchmarks, honestly scored, over any decoder or endpoint.")
 Include = option(Path, "tasks of your own: a Python file with a Task (it is run), or a question file with answers")
 
 @app.command("list")
-@cli
 def list_command(
     data: option(Path, "folder of benchmark files: says what is missing there") = None,
     include: Include = None,
@@ -214,7 +213,6 @@ Sentences = option(int, "also sentence search with so many continuations")
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900046
 @app.command("run")
-@cli
 def run_benchmarks(
     tasks: Tasks = "world", out: Out = Path("runs/eval"), data: Data = None, include: Include = None,
     limit: Limit = None, offset: Offset = 0, parser: Parser = None, predict_only: PredictOnly = False,
@@ -241,7 +239,6 @@ def run_benchmarks(
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900029
 @app.command("score")
-@cli
 def score_command(
     run: Annotated[Path, typer.Argument(help="folder of a run")], parser: Parser = None,
     task: option(str, "with --answers: the task that they answer") = None,
@@ -298,7 +295,6 @@ def gather(runs: Sequence[Path]) -> tuple[dict, dict, list]: # systems -> task -
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900038
 @app.command("compare")
-@cli
 def compare_command(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs")],
     out: option(Path, "where comparison.json, .md, flipped.jsonl and gallery.html go [default: the first run]") = None,
@@ -321,7 +317,6 @@ def compare_command(
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900047
 @app.command("published")
-@cli
 def published_command(
     run: Annotated[Path, typer.Argument(help="folder of a run, for a column of ours")] = None,
 ):
@@ -335,7 +330,6 @@ def published_command(
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900049
 @app.command("submit")
-@cli
 def submit_command(
     run: Annotated[Path, typer.Argument(help="folder of a run")],
     task: option(str, "whose answers"), system: option(str, "who answered"),

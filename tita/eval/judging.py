@@ -8,7 +8,7 @@ __all__ = ['WINNERS', 'REPLIED', 'BESIDE', 'read_score', 'read_two', 'read_winne
            'judge_counts']
 
 # %% ../../nbs/eval/57_judging.ipynb #e5700004
-import asyncio, hashlib, re
+import asyncio, re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from ..api.client import Client, EndpointAnswerer, Settings, make_body
 from ..api.endpoints import any_endpoint
 from ..api.replies import Reply
-from ..core import JsonlWriter, TitaError, image_path, progress, read_jsonl, stable_hash
+from ..core import JsonlWriter, TitaError, progress, read_jsonl, stable_hash
+from .asking import Pictures
 
 # %% ../../nbs/eval/57_judging.ipynb #e5700007
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
@@ -207,19 +208,19 @@ def _ask(judge: Judge, todo: list[dict], writer: JsonlWriter, desc: str) -> dict
     return failed
 
 # %% ../../nbs/eval/57_judging.ipynb #e5700022
-def _picture(images, row: Mapping) -> tuple: # file, hash of what is in it, why it cannot be shown
+def _picture(pictures: Pictures, row: Mapping) -> tuple: # file, hash of what is in it, why it cannot be shown
     if row.get("image") is None:
         return None, None, None
     try:
-        path = image_path(images, row["image"])
-        return path, hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest(), None
+        path = pictures.find(row)
+        return path, pictures.content(path), None
     except (TitaError, OSError) as e:
         return None, None, str(e)
 
-def _tasks(judge: Judge, rubric: Rubric, row: Mapping, other: Sequence[str] | None, images=None) -> list[dict]:
+def _tasks(judge: Judge, rubric: Rubric, row: Mapping, other: Sequence[str] | None, pictures=None) -> list[dict]:
     "What is asked about a row, with the key of each."
     about = judge.about()
-    image, content, lost = _picture(images, row) if judge.sees else (None, None, None)
+    image, content, lost = _picture(pictures, row) if judge.sees else (None, None, None)
     shown = (content,) if content else ()
     def task(asked):
         told = dict(judge=about["model"], question_id=row["question_id"], image=image, lost=lost)
@@ -264,7 +265,8 @@ def judgements(
 ) -> list[list[dict]]: # for each row: n, place, own and other score (None: unread), longer (own, other), why
     "What a judge says of answers. Raises `TitaError` for what concerns every request."
     settled = [_settled(rubric, r, o) for r, o in zip(rows, others)]
-    asked = [[] if s else _tasks(judge, rubric, r, o, images) for s, r, o in zip(settled, rows, others)]
+    pictures = Pictures(images, None)  # each is read once, however many rows are about it
+    asked = [[] if s else _tasks(judge, rubric, r, o, pictures) for s, r, o in zip(settled, rows, others)]
     every = {t["key"]: t for tasks in asked for t in tasks}
     with JsonlWriter(path, key="key") as writer:
         todo = [t for key, t in every.items() if key not in writer.done and not t["lost"]]
