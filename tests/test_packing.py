@@ -6,6 +6,8 @@ import pytest
 import torch
 from tita.decode import cache
 from tita.decode.decoder import AlignedDecoder
+from tita.decode.engine import Row
+from tita.decode.sampling import Sampling
 from tita.world.embedded import make_scenes, tiny_model, tiny_processor
 
 pytestmark = pytest.mark.skipif(not cache.can_pack(), reason="this torch has no oneDNN")
@@ -95,3 +97,37 @@ def test_threads_pack_each_matrix_once(models, monkeypatch):
     for w in workers:
         w.join()
     assert len(made) == 7 and len(found) == 4 and all(f == found[0] for f in found)
+
+
+@pytest.mark.parametrize("change", ["counted", "uncounted"])
+def test_small_matrices_are_joined_anew_when_they_change(models, change):
+    _, small = models
+    aligned = decoder(small, lively(32, 2))
+    before = answers(aligned)
+    with torch.no_grad():
+        for layer in small.model.language_model.layers:
+            weight = layer.self_attn.v_proj.weight
+            (weight if change == "counted" else weight.data).mul_(-1)
+    after = answers(aligned)
+    assert after == answers(decoder(small, lively(32, 2))) != before
+
+
+def test_weights_that_change_while_a_row_runs_are_read():
+    said = []
+    for joins in (True, False):
+        model = lively(32, 1)
+        aligned = decoder(model, lively(32, 2))
+        engine = aligned.engine(1)
+        if not joins:
+            for e in engine.experts:
+                e.stack.is_large = True  # then each map is applied by itself
+        image, question = SCENES[0].image, SCENES[0].questions[0].text
+        engine.submit([Row(0, question, [image], Sampling(max_new_tokens=12), 0)])
+        for _ in range(4):
+            engine.step()
+        with torch.no_grad():
+            model.model.language_model.layers[0].self_attn.q_proj.weight.mul_(-2)
+        while engine.busy:
+            for _, output in engine.step():
+                said.append(output.tokens)
+    assert said[0] == said[1]

@@ -256,15 +256,13 @@ def _rms(x: Tensor, norm: Norm) -> Tensor: # (..., width)
     if x.device.type != "cpu":
         return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
     length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), norm.least) # √(|x|² + width eps)
-    return x * (math.sqrt(x.shape[-1]) / length) * norm.weight
+    return (x * norm.weight).div_(length.mul_(1 / math.sqrt(x.shape[-1])))
 
 # %% ../../nbs/decode/11_cache.ipynb #dec11002
 class Layer(NamedTuple):
     "One layer's weights; of linear maps weight and bias."
     before_attention: Norm
-    query: tuple
-    key: tuple
-    value: tuple
+    heads: list # maps to queries, keys and values, or one to all of them
     out: tuple
     query_norm: Norm | None
     key_norm: Norm | None
@@ -276,8 +274,9 @@ class Layer(NamedTuple):
 def _layer(l) -> Layer:
     linear = lambda *modules: [(m.weight, m.bias) for m in modules]
     a, mlp = l.self_attn, l.mlp
-    heads = [_norm(getattr(a, n, None)) for n in ("q_norm", "k_norm")]
-    return Layer(_norm(l.input_layernorm), *linear(*(getattr(a, n) for n in PROJECTIONS)), *heads,
+    norms = [_norm(getattr(a, n, None)) for n in ("q_norm", "k_norm")]
+    *heads, out = linear(*(getattr(a, n) for n in PROJECTIONS))
+    return Layer(_norm(l.input_layernorm), heads, out, *norms,
         _norm(l.post_attention_layernorm), *linear(mlp.gate_proj, mlp.up_proj, mlp.down_proj))
 
 # %% ../../nbs/decode/11_cache.ipynb #63ed1bb0
@@ -288,13 +287,14 @@ class Stack:
         self.decoder, self.layers, self.norm = decoder, [_layer(l) for l in decoder.layers], _norm(decoder.norm)
         self.owners = attention.q_proj, decoder.embed_tokens
         self.first, self.embedding = (module.weight for module in self.owners)
-        self.is_large = any(w.numel() >= PACKED_SIZE for l in self.layers for w, _ in (l.query, l.gate))
+        self.is_large = any(w.numel() >= PACKED_SIZE for l in self.layers for w, _ in (*l.heads, l.gate))
         self.width, self.scale = attention.head_dim, attention.scaling
         self.shared = config.num_key_value_heads
         heads = config.num_attention_heads
         self.gqa = heads // self.shared if heads != self.shared else 0  # queries of a key
         self.mrope = "mrope_section" in (getattr(config, "rope_parameters", None) or {})
         self.turns = self.embedding.new_zeros(0, 2 * self.width) # cosines, then signed sines, of each position
+        self.joined = [], [] # what `_joined` gave last: how often torch had counted changes of weights, and the layers
 
     @property
     def current(self) -> bool:
@@ -318,22 +318,46 @@ def _bias(self: Stack, mask: Tensor) -> Tensor: # (m, 1, q, kv), or (m, 1, queri
     bias = torch.zeros(mask.shape, dtype=self.embedding.dtype, device=mask.device).masked_fill_(~mask, -math.inf)
     return bias.repeat(1, 1, self.gqa, 1) if self.gqa else bias  # see `_attend`
 
+# %% ../../nbs/decode/11_cache.ipynb #0ac11002
+def _join(layer: Layer) -> Layer:
+    "The same layer with one map for all heads."
+    weights, biases = zip(*layer.heads)
+    return layer._replace(heads=[(torch.cat(weights), None if biases[0] is None else torch.cat(biases))])
+
+@patch
+def forget(self: Stack):
+    "Weights may have changed."
+    self.joined = [], []
+
+@patch
+def _called(self: Stack) -> list[Layer]:
+    "The layers as they are best called."
+    if self.is_large or self.embedding.device.type != "cpu":
+        return self.layers
+    changes = [w._version for l in self.layers for w, _ in l.heads]
+    if self.joined[0] != changes:
+        self.joined = changes, [_join(l) for l in self.layers]
+    return self.joined[1]
+
 # %% ../../nbs/decode/11_cache.ipynb #be3bf2af
 @patch
 def _attend(self: Stack, x: Tensor, layer: Layer, cached, turns: tuple, bias: Tensor | None, linear) -> Tensor:
     "Attention of (m q, hidden) normed states, of that shape again; without a bias in causal order."
     cos, sin = turns  # (m, 1, q, width) each
-    m, q, width = cos.shape[0], cos.shape[2], self.width
-    query, key, value = (linear(x, *weights).view(m, q, -1, width) for weights in layer[1:4])
+    m, q = cos.shape[0], cos.shape[2]
+    width, shared = self.width, self.shared
+    parts = [linear(x, *weights) for weights in layer.heads]
+    states = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+    states = states.view(m, q, -1, width).transpose(1, 2)  # (m, heads + 2 shared heads, q, width)
+    both, value = states[:, :-shared], states[:, -shared:]
     if layer.query_norm:
-        query, key = _rms(query, layer.query_norm), _rms(key, layer.key_norm)
-    both = torch.cat([query, key], 2).transpose(1, 2)  # (m, heads + shared heads, q, width)
+        both = torch.cat([_rms(both[:, :-shared], layer.query_norm), _rms(both[:, -shared:], layer.key_norm)], 1)
     both = torch.addcmul(both * cos, both.roll(width // 2, -1), sin)
-    query, key = both.split([query.shape[2], key.shape[2]], 1)
-    key, value = cached.update(key, value.transpose(1, 2))  # (m, shared heads, kv, width)
+    query = both[:, :-shared]
+    key, value = cached.update(both[:, -shared:], value)  # (m, shared heads, kv, width)
     causal = bias is None and q > 1
     if self.gqa and not causal:  # queries that share keys stand one after the other
-        query = query.reshape(m, self.shared, -1, width)
+        query = query.reshape(m, shared, -1, width)
     how = dict(attn_mask=bias, is_causal=causal, scale=self.scale, enable_gqa=self.gqa > 0 and causal)
     heads = F.scaled_dot_product_attention(query, key, value, **how).reshape(m, -1, q, width)
     return linear(heads.transpose(1, 2).reshape(m * q, -1), *layer.out)
@@ -356,10 +380,10 @@ def __call__(self: Stack,
         x[tokens.flatten() == image_token] = features.to(x)
     bias = None if mask is None else self._bias(mask)
     linear = project if self.is_large and few_rows(x) else F.linear
-    for cached, layer in zip(cache.layers, self.layers):
+    for cached, layer in zip(cache.layers, self._called()):
         x = x + self._attend(_rms(x, layer.before_attention), layer, cached, turns, bias, linear)
         h = _rms(x, layer.before_mlp)
-        x = x + linear(F.silu(linear(h, *layer.gate)) * linear(h, *layer.up), *layer.down)
+        x = x + linear(F.silu(linear(h, *layer.gate)).mul_(linear(h, *layer.up)), *layer.down)
     return _rms(x, self.norm).view(*tokens.shape, -1)
 
 # %% ../../nbs/decode/11_cache.ipynb #515cfc3f

@@ -221,28 +221,28 @@ def _fitting(self: Engine, free: int) -> int:
 
 # %% ../../nbs/decode/15_engine.ipynb #e6b242b3
 @patch
-def _stopped(self: Engine, i: int, length: int | None = None) -> bool:
-    "Whether the text of slot `i`, or its first `length` tokens, holds one of its stop strings."
-    row, length = self.rows[i], int(self.count[i]) if length is None else length
-    if not row.sampling.stop:
-        return False
+def _stopped(self: Engine, i: int, length: int) -> bool:
+    "Whether the first `length` tokens of slot `i` hold one of its stop strings."
+    row = self.rows[i]
     row.text.add(self.tokens[i, len(row.text.tokens):length].tolist())
     return row.text.holds(row.sampling.stop)
 
 @patch
+def _end_of(self: Engine, i: int, token: int, count: int, limit: int) -> str | None: # None: it goes on
+    "Why the row in slot `i` ends with this token, its newest."
+    if token in self.rows[i].sampling.eos and not (self.is_forced and self.forced[i, count - 1] >= 0):
+        return "eos"
+    if self.rows[i].sampling.stop and self._stopped(i, count):
+        return "stop"
+    return "length" if count >= limit else None
+
+@patch
 def _harvest(self: Engine, a: int, b: int) -> list[tuple[Row, Output]]: # the rows that are over
     "Take out the rows among a to b that have just ended."
-    rows, at = torch.arange(a, b), self.count[a:b]
-    has_end = self.ends[rows, self.last[a:b]]
-    if self.is_forced:
-        has_end &= self.forced[rows, at - 1] < 0
-    if not (self.has_stops or self.why or (has_end | (at >= self.limit[a:b]) | ~self.good).any()):
-        return []
-    ends = dict.fromkeys(rows[at >= self.limit[a:b]].tolist(), "length")
-    ends |= dict.fromkeys((i for i in range(a, b) if self._stopped(i)) if self.has_stops else (), "stop")
-    ends |= dict.fromkeys(rows[has_end].tolist(), "eos")
-    for i in rows[~self.good].tolist():
-        if not self.rows[i].sampling.more.get("remove_invalid_values"):
+    noted = (x[a:b].tolist() for x in (self.last, self.count, self.limit))
+    ends = {i: why for i, *now in zip(range(a, b), *noted) if (why := self._end_of(i, *now))}
+    for i, is_good in enumerate(self.good.tolist(), a):
+        if not (is_good or self.rows[i].sampling.more.get("remove_invalid_values")):
             told = f"a model (or a λ or gate that is a function) gave NaN at token {self.count[i]}"
             self.why.setdefault(i, f"{told}; load the models in float32 or bfloat16, or check their weights")
     return self._leave(ends | dict.fromkeys(self.why, "error"))

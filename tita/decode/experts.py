@@ -149,6 +149,8 @@ def open(self: Expert,
 ):
     "Make an empty cache, or empty the one to spare. If it is recorded, it is to spare again when its owner is gone."
     self.cache, self.counts = self._spare_cache(slots) or RaggedCache(self.layers, slots, room), Counts()
+    if self.stack is not None:
+        self.stack.forget()
     if self.record and self.cache.graphs is None:
         self.cache.graphs = Graphs(self.record)
     if self.record and owner is not None:
@@ -215,7 +217,6 @@ def _eager(self: Expert, cache, rows, tokens, lens, at, positions, delta, plain:
 
 # %% ../../nbs/decode/14_experts.ipynb #ef813e57
 @patch
-@torch.inference_mode()
 def forward(self: Expert,
     cache: RaggedCache, # its own, or the one of prefixes
     rows: slice | Tensor, # slots
@@ -226,7 +227,7 @@ def forward(self: Expert,
     delta: Tensor | int = 0, # (m) what M-RoPE adds to a length
     **inputs, # image features
 ) -> Tensor: # (m, V), or (m, q, V)
-    "Append a block of tokens to rows and return logits. `lens` stay: the caller says how many tokens it keeps."
+    "Append a block of tokens to rows and return logits, without gradients only. `lens` stay: the caller keeps count."
     started = time.perf_counter()
     simple = positions is None and (not inputs or self.features_replace_tokens)
     plain = simple and self.stack is not None and self.stack.current

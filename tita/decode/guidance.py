@@ -44,11 +44,11 @@ def signal(
     s, d = FORMS[form], torch.zeros_like(base)
     for j, c in enumerate(weights):
         if s.base:
-            d = d + c * s.base * base
+            d = d.add_(base, alpha=c * s.base)
         if s.reward:
-            d = d + c * s.reward * rewards[j]
+            d = d.add_(rewards[j], alpha=c * s.reward)
         if s.reference:
-            d = d + c * s.reference * references[j if len(references) > 1 else 0]
+            d = d.add_(references[j if len(references) > 1 else 0], alpha=c * s.reference)
     return d
 
 # %% ../../nbs/decode/13_guidance.ipynb #a16bfd7f
@@ -60,7 +60,10 @@ def guide(
     gate: float | Tensor = 1., # between 0 and 1, a number or (..., 1)
 ) -> Tensor: # (..., V) log p up to a constant
     "The one equation: `log p = log π_b + gate · clip(λ d, ±bound) + const`."
-    return base + gate * (lam * d).clamp(-bound, bound)
+    pull = lam * d
+    if torch.is_tensor(bound) or bound < math.inf:
+        pull = pull.clamp_(-bound, bound)
+    return (pull if isinstance(gate, float) and gate == 1 else pull.mul_(gate)).add_(base)
 
 # %% ../../nbs/decode/13_guidance.ipynb #e57c8bbe
 def top_two_gap(

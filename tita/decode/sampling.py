@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEANINGFUL', 'TEXT_FREE', 'MORE', 'STEPWISE', 'DRAFTS', 'REFUSED', 'SINGLE', 'KNOWN', 'Sampling',
-           'settings_as_generate', 'uniform', 'invert', 'propose', 'accept', 'residual', 'Text']
+           'settings_as_generate', 'best_token', 'uniform', 'invert', 'propose', 'accept', 'residual', 'Text']
 
 # %% ../../nbs/decode/07_sampling.ipynb #cd25963c
 import math
@@ -136,6 +136,13 @@ def settings_as_generate(
     eos = settings.get("eos_token_id") if eos is None else eos
     same |= dict(stop=tuple(listify(stop)), eos=tuple(listify(eos)))
     return Sampling(**same, more={k: settings[k] for k in MORE & settings.keys()})
+
+# %% ../../nbs/decode/07_sampling.ipynb #11ce1002
+def best_token(
+    scores: Tensor, # (..., V)
+) -> Tensor: # (...) ids
+    "The best token."
+    return scores.max(-1).indices
 
 # %% ../../nbs/decode/07_sampling.ipynb #544c3eca
 def uniform(

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 from .requests import Row, reason
-from .sampling import TEXT_FREE, Sampling, Text, accept, invert, propose, uniform
+from .sampling import TEXT_FREE, Sampling, Text, accept, best_token, invert, propose, uniform
 from .vocabularies import carry_over
 
 # %% ../../nbs/decode/12_slots.ipynb #12510007
@@ -47,7 +47,7 @@ class Slots:
 def _make_records(self: Slots):
     numbers = lambda: torch.zeros(self.slots, dtype=torch.long)
     self.last, self.count, self.limit = numbers(), numbers(), numbers() # newest token; tokens so far, and at most
-    self.seed, self.ends = numbers(), torch.zeros(self.slots, self.vocab, dtype=torch.bool) # tokens that end the row
+    self.seed = numbers()
     self.lam, self.bound = torch.zeros(2, self.slots) # of the rows that have their own
     for name, nothing in self.texts.items():
         setattr(self, name, torch.full((self.slots, 16), nothing))
@@ -56,7 +56,7 @@ def _make_records(self: Slots):
 def _records(self: Slots) -> list[Tensor]:
     "All that moves where a row moves."
     texts = [getattr(self, name) for name in self.texts]
-    return [self.last, self.count, self.limit, self.seed, self.ends, self.lam, self.bound, *texts]
+    return [self.last, self.count, self.limit, self.seed, self.lam, self.bound, *texts]
 
 @patch
 def _widen(self: Slots, width: int):
@@ -104,9 +104,7 @@ def _seat(self: Slots, rows: list[Row], a: int, b: int):
         for own in ([r.lam for r in rows], [r.bound for r in rows]))
     self.count[a:b] = 0
     self.forced[a:b] = -1
-    self.ends[a:b] = False
     for i, row in enumerate(rows, a):
-        self.ends[i, [t for t in row.sampling.eos if 0 <= t < self.vocab]] = True
         self._seat_alone(row, i)
 
 # %% ../../nbs/decode/12_slots.ipynb #12510014
@@ -224,9 +222,9 @@ def _pick(self: Slots,
 ) -> Tensor: # (m, J) on the host
     "The next J tokens of each row."
     if self.is_greedy:
-        tokens = scores.argmax(-1)
+        tokens = best_token(scores)
         if self.watch and drafted is not None:
-            self.hits = (tokens == (drafted.argmax(-1) if proposals is None else proposals)).cpu()
+            self.hits = (tokens == (best_token(drafted) if proposals is None else proposals)).cpu()
         return tokens.cpu()
     tokens = torch.empty(scores.shape[:2], dtype=torch.long)
     self.hits = torch.zeros(scores.shape[:2], dtype=torch.bool) # where the drafter was right
@@ -251,9 +249,9 @@ def _draw(self: Slots,
     "Tokens of rows with the same settings."
     m, J, V = scores.shape
     p = self._warp(s, scores.reshape(-1, V), slots.tolist()).view(m, J, V)
-    guess = proposals if proposals is not None or drafted is None else drafted.argmax(-1)
+    guess = proposals if proposals is not None or drafted is None else best_token(drafted)
     if not s.temperature:
-        return p.argmax(-1), guess
+        return best_token(p), guess
     seeds = self.seed[slots, None].expand(m, J).to(p.device)
     t = (self.count[slots, None] + ahead + torch.arange(J)).to(p.device) # (m, J) which token of the answer it is
     if not self.n_rewards or self.warpers[s] is None: # one stage: no drafter, or processors that read the text so far
@@ -270,14 +268,14 @@ def _choose(self: Slots, a: int, b: int, logits: list[Tensor]):
     logits = self._common(logits)
     scores, d = self._score(logits, rows)
     tokens = self._pick(scores[:, None], logits[1][:, None] if self.n_rewards else None, a, b)[:, 0]
-    self.good = ~scores.isnan().any(-1).cpu()
+    self.good = ~scores.amax(-1).isnan().cpu()
     self._widen(int(at.max()) + 1)
     if self.is_forced:
         tokens = torch.where(self.forced[rows, at] >= 0, self.forced[rows, at], tokens)
     self.tokens[rows, at] = self.last[a:b] = tokens
     self.base_tokens[rows, at], self.rewards[rows, at] = tokens, 0.
     if d is not None:
-        self.base_tokens[rows, at] = logits[0].argmax(-1).cpu()
+        self.base_tokens[rows, at] = best_token(logits[0]).cpu()
         self.rewards[rows, at] = d.gather(-1, tokens.to(d.device)[:, None])[:, 0].cpu()
     self.count[a:b] += 1
     self.produced += b - a
