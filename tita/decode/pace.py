@@ -7,43 +7,48 @@ __all__ = ['Pace']
 
 # %% ../../nbs/decode/16_pace.ipynb #a6c0de04
 import math
-from statistics import median
+from statistics import fmean, median
 from fastcore.basics import patch
 
 # %% ../../nbs/decode/16_pace.ipynb #8568a37d
 class Pace:
     "Seconds of steps, by batch size in powers of two, what drafts brought, and how far the drafter can be trusted."
-    longest = 8 # tokens of a draft
-    worth = .3 # how often a drafted token must be of use, so that another one is drafted
-    again = 32 # drafts after which a plain step is measured again
+    longest = 12 # tokens of a draft
+    soon, again = 16, 32 # drafts after which a plain step is measured for the first time, and again
     patience = 64 # plain steps after which the cost of drafts is forgotten
     levels = 8 # of how sure the drafter is
     hoped = 2.5 # tokens that a step with a draft gives a row, before that is known
 
     def __init__(self):
-        self.seconds = {} # (size, whether with a draft) -> of the last few steps
+        self.noted = {} # (size, what) -> the last few: seconds of steps, "plain" or "drafted", and tokens "written"
         self.run = {} # size -> drafts since a plain step, or minus the plain steps since a draft
         self.rates = [.75] * self.levels # how often drafted tokens of each level are right, lately
         self.gain = self.hoped # the same, lately
 
-    def known(self, n: int, drafted: bool) -> tuple:
-        "Seconds of the last steps of about `n` rows."
-        return self.seconds.get((n.bit_length(), drafted), ())
+    def known(self, n: int, what: str) -> tuple:
+        "The last few with about `n` rows."
+        return self.noted.get((n.bit_length(), what), ())
 
 # %% ../../nbs/decode/16_pace.ipynb #a6c0de06
 @patch
+def _note(self: Pace, n: int, what: str, number: float):
+    self.noted = self.noted | {(n.bit_length(), what): (*self.known(n, what), number)[-9:]}
+
+@patch
 def note_step(self: Pace,
     n: int, # rows
-    drafted: bool, # or a plain step
+    drafted: int, # tokens for each; 0: a plain step
     seconds: float, # that it took
 ):
     "Remember what a step cost."
     size = n.bit_length()
     run = self.run.get(size, 0)
     run = max(run, 0) + 1 if drafted else min(run, 0) - 1
-    self.seconds = self.seconds | {(size, drafted): (*self.known(n, drafted), seconds)[-5:]}
+    self._note(n, "drafted" if drafted else "plain", seconds)
+    if drafted:
+        self._note(n, "written", drafted)
     if run <= -self.patience:
-        self.seconds, self.gain = self.seconds | {(size, True): ()}, self.hoped
+        self.noted, self.gain = self.noted | {(size, "drafted"): ()}, self.hoped
     self.run[size] = 0 if run <= -self.patience else run
 
 # %% ../../nbs/decode/16_pace.ipynb #a6c0de31
@@ -75,19 +80,34 @@ def note_gain(self: Pace,
     tokens: int, # that a step with a draft gave them together
 ):
     "Remember what drafts bring."
-    self.gain += (1 - .95**rows) * (tokens / rows - self.gain)
+    self.gain += .05 * (tokens / rows - self.gain)
+
+# %% ../../nbs/decode/16_pace.ipynb #a6c0de37
+@patch
+def worth(self: Pace, n: int) -> float: # 0 to 1
+    "How often the newest drafted token must be of use, so that another one is drafted."
+    step, plain, written = (self.known(n, what) for what in ("drafted", "plain", "written"))
+    if not (step and plain):
+        return .3
+    step, plain = median(step), median(plain)
+    return min(.6, max(.1, (step - plain) / fmean(written) / min(step / self.gain, plain)))
 
 # %% ../../nbs/decode/16_pace.ipynb #a6c0de0e
+@patch
+def cost(self: Pace, n: int) -> float: # of a step with a draft, in plain steps
+    "For `n` rows, or the next more that it is known for."
+    sizes = (1 << size for size in range(n.bit_length() - 1, 16))
+    both = ((self.known(rows, "drafted"), self.known(rows, "plain")) for rows in sizes)
+    return next((median(drafted) / median(plain) for drafted, plain in both if drafted and plain), 2.)
+
 @patch
 def best(self: Pace,
     n: int, # rows
     is_watched: bool = True, # does the draft end where the drafter is unsure?
 ) -> int: # tokens to draft at most; 0: none
     "What yields most tokens a second, or must be measured again."
-    if self.run.get(n.bit_length(), 0) >= self.again:
+    if self.run.get(n.bit_length(), 0) >= (self.again if self.known(n, "plain") else self.soon):
         return 0
-    plain, drafted = self.known(n, False), self.known(n, True)
-    cost = median(drafted) / median(plain) if plain and drafted else 2.
-    if self.gain <= cost:
+    if self.gain <= self.cost(n):
         return 0
     return self.longest if is_watched else min(self.longest, math.ceil(1.5 * self.gain))

@@ -81,10 +81,10 @@ def _guess(self: SpeculativeEngine, logits: Tensor, j: int) -> Tensor: # (n) ids
 @patch
 def _write_draft(self: SpeculativeEngine, most: int) -> tuple[Tensor, list[Tensor]]:
     "Let the drafter run ahead: (n, k+1) last token and draft, and k logits (n, V)."
-    rows, block, logits = slice(0, self.n), [send(self.last[:self.n], self.drafter.device)], []
-    use, self.sure = [1.] * self.n, [] # how often the newest token is of use
-    while len(logits) < most and sum(use) >= self.pace.worth * self.n:
-        logits.append(self.drafter.extend(rows, block[-1][:, None], len(logits))[:, 0, :self.vocab])
+    n, logits, block = self.n, [], [send(self.last[:self.n], self.drafter.device)]
+    use, least, self.sure = [1.] * n, self.pace.worth(n) * n, [] # how often the newest token is of use
+    while len(logits) < most and sum(use) >= least:
+        logits.append(self.drafter.extend(slice(0, n), block[-1][:, None], len(logits))[:, 0, :self.vocab])
         block.append(self._guess(logits[-1], len(logits) - 1))
         if self.is_watched:
             use = self._use(use, logits[-1], block[-1])
@@ -170,7 +170,7 @@ def _lengthen(self: SpeculativeEngine, more: Tensor): # (n)
 
 # %% ../../nbs/decode/17_speculation.ipynb #8f321c07
 @patch
-def _block(self: SpeculativeEngine, most: int):
+def _block(self: SpeculativeEngine, most: int) -> int: # tokens that were drafted
     "One step with a draft of at most so many tokens."
     block, drafted = self._write_draft(most)
     verdict, keep = self._verify(block, drafted)
@@ -180,6 +180,7 @@ def _block(self: SpeculativeEngine, most: int):
     self.speculated.blocks += 1
     self.speculated.drafted += len(drafted) * self.n
     self.speculated.accepted += int((keep - 1).sum())
+    return len(drafted)
 
 @patch
 def _learn(self: SpeculativeEngine, hits: Tensor, keep: Tensor): # (n, J), (n)
@@ -303,8 +304,8 @@ def _advance(self: SpeculativeEngine):
     self._settle(torch.arange(n))
     length, started = 0 if plain or self.draft == "lazy" else self._draft_length(), self.clock()
     if length:
-        self._block(length)
+        length = self._block(length)
     else:
         super(SpeculativeEngine, self)._advance()
     if self.draft == "auto":
-        self.pace.note_step(n, length > 0, self.clock() - started)
+        self.pace.note_step(n, length, self.clock() - started)
