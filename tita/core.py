@@ -447,13 +447,12 @@ BLUE, ORANGE = "#0072b2", "#d55e00"
 
 def reward_limit(
     rewards, # nats, any number of them
-    floor: float = 0.5, # smallest limit, nats: tiny rewards stay pale
 ) -> float: # nats at which the colour is full
-    "Where the scale ends: the 98th percentile of the rewards' sizes."
+    "Where the scale ends: the 98th percentile of the rewards' sizes; 0.5 nats at least: tiny ones stay pale."
     import numpy as np
     sizes = np.abs(np.asarray(rewards, float))
     sizes = sizes[np.isfinite(sizes)]
-    return max(floor, float(np.quantile(sizes, .98))) if len(sizes) else floor
+    return max(.5, float(np.quantile(sizes, .98))) if len(sizes) else .5
 
 def reward_rgba(
     reward: float, # nats
