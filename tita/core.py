@@ -96,8 +96,8 @@ def progress(
     **kwargs, # for tqdm
 ) -> tqdm:
     "A progress bar: every tenth of a second on a screen, every ten seconds in a log; none with TITA_PROGRESS=0."
-    kwargs.setdefault("mininterval", 0.1 if sys.stderr.isatty() else 10)
-    return tqdm(iterable, desc=desc, total=total, unit=unit, disable=os.environ.get("TITA_PROGRESS") == "0", **kwargs)
+    usual = dict(mininterval=0.1 if sys.stderr.isatty() else 10, disable=os.environ.get("TITA_PROGRESS") == "0")
+    return tqdm(iterable, desc=desc, total=total, unit=unit, **(usual | kwargs))
 
 # %% ../nbs/00_core.ipynb #571491df
 def stable_hash(
