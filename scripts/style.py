@@ -5,7 +5,8 @@
     python scripts/style.py nbs/decode         the same, below a folder
     python scripts/style.py --table [FOLDER]   the measures of the package, of this checkout or of another one
     python scripts/style.py --lines [FOLDER]   its lines as black writes them, room by room (needs black);
-                                               --without serve/ eval/tasks.py leaves out what begins so
+                                               --without serve/ eval/tasks.py core.py:seed_for leaves out modules
+                                               that begin so, and definitions by name; --without @FILE reads them
 """
 import argparse
 import ast
@@ -149,24 +150,37 @@ def measures(root: Path) -> dict[str, float]:
     }
 
 
-def written_by_black(path: Path) -> tuple[int, int]: # lines; of them those of docstrings
-    "Lines of code as black breaks them: what is written more densely counts no less."
+def named(node: ast.stmt) -> str | None:
+    "The name that a statement of a module defines."
+    targets = getattr(node, "targets", [None])
+    return getattr(node, "name", None) or getattr(targets[0], "id", None)
+
+
+def written_by_black(path: Path, without: set = frozenset()) -> tuple[int, int]: # lines; of them those of docstrings
+    "Lines of code as black breaks them, but for some definitions: what is written more densely counts no less."
     import black
     mode = black.Mode(line_length=COLUMNS, magic_trailing_comma=False)
     code = Code(path.name, black.format_str(path.read_text(encoding="utf-8"), mode=mode))
+    if lost := without - set(map(named, code.tree.body)):
+        raise SystemExit(f"{path} defines no {', '.join(sorted(lost))}")
+    for node in [n for n in code.tree.body if named(n) in without]:
+        first = min([node, *getattr(node, "decorator_list", [])], key=lambda n: n.lineno).lineno
+        code.lines[first - 1:node.end_lineno] = [""] * (node.end_lineno - first + 1)
+        code.tree.body.remove(node)
     told = [n for n in ast.walk(code.tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
     docstrings = sum(n.end_lineno - n.lineno + 1 for n in told if isinstance(n.value.value, str))
     return sum(not line.lstrip().startswith("#") for line in code.written), docstrings
 
 
 def room_lines(root: Path, without: list[str]) -> dict[str, Counter]:
-    "The package's lines by room, but for the modules whose paths below `tita` begin in one of these ways."
+    "The package's lines by room, but for modules whose paths below `tita` begin so, and for `module.py:Name`."
     lines, docstrings = Counter(), Counter()
+    modules = tuple(w for w in without if ":" not in w)
     for path in root.glob("tita/**/*.py"):
         name = path.relative_to(root/"tita").as_posix()
-        if path.name not in ("__init__.py", "_modidx.py") and not name.startswith(tuple(without)):
+        if path.name not in ("__init__.py", "_modidx.py") and not name.startswith(modules):
             room = name.rpartition("/")[0] or "root"
-            found = written_by_black(path)
+            found = written_by_black(path, {w.partition(":")[2] for w in without if w.startswith(f"{name}:")})
             lines[room] += found[0]
             docstrings[room] += found[1]
     return dict(lines=lines, docstrings=docstrings)
@@ -183,12 +197,13 @@ def longest_run(notebooks: list[Path]) -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], fromfile_prefix_chars="@")
+    parser.convert_arg_line_to_args = lambda line: line.partition("#")[0].split()
     below = "look only at paths that begin so; with --table and --lines another checkout"
     parser.add_argument("below", nargs="?", default="", help=below)
     parser.add_argument("--table", action="store_true", help="print the measures")
     parser.add_argument("--lines", action="store_true", help="count the package's lines as black writes them")
-    parser.add_argument("--without", nargs="+", default=[], help="with --lines: paths below tita that are left out")
+    parser.add_argument("--without", nargs="+", default=[], help="with --lines: what is left out of tita")
     args = parser.parse_args()
     if args.lines:
         for what, rooms in room_lines(Path(args.below or ROOT), args.without).items():

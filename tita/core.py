@@ -96,8 +96,8 @@ def progress(
     **kwargs, # for tqdm
 ) -> tqdm:
     "A progress bar: every tenth of a second on a screen, every ten seconds in a log; none with TITA_PROGRESS=0."
-    kwargs.setdefault("mininterval", 0.1 if sys.stderr.isatty() else 10)
-    return tqdm(iterable, desc=desc, total=total, unit=unit, disable=os.environ.get("TITA_PROGRESS") == "0", **kwargs)
+    usual = dict(mininterval=0.1 if sys.stderr.isatty() else 10, disable=os.environ.get("TITA_PROGRESS") == "0")
+    return tqdm(iterable, desc=desc, total=total, unit=unit, **(usual | kwargs))
 
 # %% ../nbs/00_core.ipynb #571491df
 def stable_hash(
@@ -447,13 +447,12 @@ BLUE, ORANGE = "#0072b2", "#d55e00"
 
 def reward_limit(
     rewards, # nats, any number of them
-    floor: float = 0.5, # smallest limit, nats: tiny rewards stay pale
 ) -> float: # nats at which the colour is full
-    "Where the scale ends: the 98th percentile of the rewards' sizes."
+    "Where the scale ends: the 98th percentile of the rewards' sizes; 0.5 nats at least: tiny ones stay pale."
     import numpy as np
     sizes = np.abs(np.asarray(rewards, float))
     sizes = sizes[np.isfinite(sizes)]
-    return max(floor, float(np.quantile(sizes, .98))) if len(sizes) else floor
+    return max(.5, float(np.quantile(sizes, .98))) if len(sizes) else .5
 
 def reward_rgba(
     reward: float, # nats

@@ -322,6 +322,17 @@ async def get(self: Client, body: dict) -> Reply:
         raise self.failure(tries)
     return reply
 
+# %% ../../nbs/api/33_client.ipynb #c7a1e0d1
+async def side_by_side(coroutines):
+    "Run all; when one fails, cancel the others and raise its error. Each may begin before the next one is started."
+    try:
+        async with asyncio.TaskGroup() as group:
+            for c in coroutines:
+                group.create_task(c)
+                await asyncio.sleep(0)
+    except ExceptionGroup as e:
+        raise e.exceptions[0] from None
+
 # %% ../../nbs/api/33_client.ipynb #c0de0004
 def _at_once(endpoint: Endpoint) -> int: # requests
     "How many requests are under way at an endpoint."
@@ -339,12 +350,8 @@ async def _crew(work, items, endpoint: Endpoint, settings: Settings, results: qu
                 results.put((item, None, e if known else TitaError(f"{type(e).__name__}: {e}")))
             await asyncio.sleep(0)  # lets the others go on, and an end of it all come through
             await room.acquire()  # until the reader comes back
-    try:
-        async with Client(endpoint, settings) as client, asyncio.TaskGroup() as group:
-            for _ in range(_at_once(endpoint)):
-                group.create_task(worker(client))
-    except ExceptionGroup as e:  # the items themselves cannot be read
-        raise e.exceptions[0] from None
+    async with Client(endpoint, settings) as client:
+        await side_by_side(worker(client) for _ in range(_at_once(endpoint)))  # fails where the items cannot be read
 
 # %% ../../nbs/api/33_client.ipynb #c0de0010
 def concurrently(

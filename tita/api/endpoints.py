@@ -132,13 +132,11 @@ def read_providers(path: str | Path) -> dict:
 
 # %% ../../nbs/api/30_endpoints.ipynb #b5806332
 def load_providers(
-    *files, # of your own; later ones win
-    default: bool = True, # start from the project's file and the one in TITA_PROVIDERS
+    *files, # of your own, laid over the project's and the one in TITA_PROVIDERS; later ones win, None is none
 ) -> dict: # tables "providers", "models" and "aliases"
     "Lay provider files over each other, entry by entry."
-    first = [f for f in (shipped("providers.toml"), os.environ.get("TITA_PROVIDERS")) if f] if default else []
     merged = dict(providers={}, models={}, aliases={})
-    for path in (*first, *files):
+    for path in filter(None, (shipped("providers.toml"), os.environ.get("TITA_PROVIDERS"), *files)):
         for kind, table in read_providers(path).items():
             for name, entry in table.items():
                 merged[kind][name] = {**merged[kind].get(name, {}), **entry} if isinstance(entry, dict) else entry

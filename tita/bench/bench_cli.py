@@ -128,7 +128,7 @@ def choose_endpoints(
         print(f"warning: {shows}; {cure}", file=sys.stderr)
     if base_url:
         return [any_endpoint(base_url, n, api_key, key_env) for n in names]
-    known = load_providers(*([providers] if providers else []))
+    known = load_providers(providers)
     return [find_endpoint(n, known, api_key, key_env) for n in names]
 
 # %% ../../nbs/bench/75_bench_cli.ipynb #a7509c04
@@ -217,7 +217,7 @@ def _price(price: dict | None) -> str:
 @app.command("models")
 def models_command(providers: option(Path, "provider file of your own, laid over data/providers.toml") = None):
     "List providers, models, ids and prices."
-    print("\n".join(model_lines(load_providers(*([providers] if providers else [])))))
+    print("\n".join(model_lines(load_providers(providers))))
     print("next: tita-bench run --model NAME, or PROVIDER:ID for any other model of a provider")
 
 # %% ../../nbs/bench/75_bench_cli.ipynb #fc362da4

@@ -14,7 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 from fastcore.basics import patch
-from ..api.client import Client, Settings, encode_image, estimate_tokens, limiter, make_body, run_async, tokens_lost
+from ..api.client import Client, Settings, encode_image, estimate_tokens, limiter
+from ..api.client import make_body, run_async, side_by_side, tokens_lost
 from ..api.endpoints import Endpoint, redact
 from ..core import JsonlWriter, TitaError, image_path, iter_jsonl, mistakes_at, progress, read_jsonl
 from ..core import run_info, seed_for, stable_hash, write_json
@@ -87,8 +88,8 @@ def result_key(
 # %% ../../nbs/bench/70_traffic.ipynb #9b8a7577
 def count_tokens(usage: dict | None, prompt: str, text: str, image: tuple | None) -> dict:
     "Tokens of a request: the server's numbers, or an estimate that says so."
-    given = [(usage or {}).get(k) for k in ("prompt_tokens", "completion_tokens")]
-    counted = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in given)
+    given = [(usage or {}).get(k) for k in ("prompt_tokens", "completion_tokens")]  # whole numbers, see `read_usage`
+    counted = None not in given
     asked, said = given if counted else (estimate_tokens(prompt, image), estimate_tokens(text))
     return dict(input_tokens=asked, output_tokens=said, total_tokens=asked + said, tokens_estimated=not counted)
 
@@ -327,7 +328,7 @@ async def users(self: Batch, client: Client):
         for job in self.pending:
             if not await self.one_that_fits(client, job):
                 return
-    await _together(user() for _ in range(min(self.load.label()["concurrency"], len(self.jobs))))
+    await side_by_side(user() for _ in range(min(self.load.label()["concurrency"], len(self.jobs))))
 
 @patch
 async def clock(self: Batch, client: Client):
@@ -338,22 +339,9 @@ async def clock(self: Batch, client: Client):
         async with places:
             await self.one_that_fits(client, job, start + at)
     times = arrivals(len(self.jobs), self.load.rate, self.load.seed)
-    await _together(arrive(job, at) for job, at in zip(self.pending, times))
+    await side_by_side(arrive(job, at) for job, at in zip(self.pending, times))
 
 # %% ../../nbs/bench/70_traffic.ipynb #3dc810f0
-async def _together(coroutines):
-    "Run all; when one fails, cancel the others and raise its error. Each may send before the next one is started."
-    tasks = []
-    try:
-        for c in coroutines:
-            tasks.append(asyncio.ensure_future(c))
-            await asyncio.sleep(0)
-        await asyncio.gather(*tasks)
-    finally:
-        for t in tasks:
-            t.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
 @patch
 async def run(self: Batch):
     "Ask everything."

@@ -7,6 +7,7 @@ __all__ = ['convert']
 
 # %% ../../nbs/data/46_data_cli.ipynb #0f7feba5
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -14,7 +15,7 @@ from ..core import TitaError, commands, option, read_jsonl, seed_for, stable_has
 from . import judged, pairs, sources
 from ..models import short_name
 from ..options import BaseUrl, Concurrency, Device, Dtype, Images, KeyEnv
-from ..options import MaxRps, Retries, Seed, Temperature, Timeout
+from ..options import MaxRps, Retries, Seed, Temperature, Timeout, from_options
 from ..preferences import Aside, question_rows
 from ..rows import ImageFolder, iter_records, read_rows
 
@@ -208,15 +209,36 @@ def annotate_command(
 # %% ../../nbs/data/46_data_cli.ipynb #554832fb
 METHODS = "seva", "consensus", "fused", "scored"
 
-def fuse_with_server(answers: list[dict], views: tuple, out: Path, images: Path, server: tuple) -> tuple:
-    "Answers fused by a server (address, model, key, concurrency), resumed in `out`; and how many questions failed."
+@dataclass
+class Pairing:
+    "How pairs are made of answers."
+    method: option(str, f"{', '.join(METHODS)}: where the winner comes from") = "seva"
+    chosen: str = "clean" # view of the winners, for method seva
+    rejected: list[str] = ("diffusion-800",) # view of the losers; several give several pairs of a question
+    fuse: list[str] = ("clean", "moco", "flip", "crop") # views that are fused, the most trusted first; several times
+    balance: str | None = None # answer: equally many winners yes and no
+    limit: int | None = None # sample down to so many pairs [SeVa: 4300 OCR-VQA, 6500 TextVQA]
+    like: str | None = None # seva: clean and compare texts exactly as SeVa does
+    gap: float = 2 # for method scored: least difference of quality, of 12
+    pick: str = "worst" # for method scored: worst, or random among the worse
+    seed: Seed = 0
+    form: option(list[str], "jsonl, seva, mllm, trl; several times [default: all]", "--format") = tuple(pairs.FORMATS)
+    base_url: BaseUrl = None
+    model: str | None = None # for method fused: who fuses
+    key_env: KeyEnv = "OPENAI_API_KEY"
+    concurrency: Concurrency = 8
+
+# %% ../../nbs/data/46_data_cli.ipynb #a41fe7c3
+def fuse_with_server(answers: list[dict], how: Pairing, out: Path, images: Path) -> tuple:
+    "Answers fused by a server, resumed in `out`; and how many questions failed."
     from tita.data.answers import run_engine
     from tita.data.answerers import server_endpoint
-    base_url, model, *_ = server
-    if not (base_url and model):
+    if not (how.base_url and how.model):
         raise TitaError("method fused needs --base-url and --model")
-    fuser, tasks = pairs.FusionEngine(server_endpoint(*server), images), pairs.fusion_tasks(answers, views)
-    count = run_engine(fuser, tasks, out, {"model": model, "views": list(views), "prompt": stable_hash(pairs.FUSE)})
+    endpoint = server_endpoint(how.base_url, how.model, how.key_env, how.concurrency)
+    fuser, tasks = pairs.FusionEngine(endpoint, images), pairs.fusion_tasks(answers, how.fuse)
+    made_of = {"model": how.model, "views": list(how.fuse), "prompt": stable_hash(pairs.FUSE)}
+    count = run_engine(fuser, tasks, out, made_of)
     if count["failed"]:
         told = f"{count['failed']} questions could not be fused: {out.with_suffix('')}.errors.jsonl"
         print(f"{told}; the same command again tries them again", file=sys.stderr)
@@ -227,65 +249,45 @@ def read_scored(path: str | Path) -> list[dict]:
     "Scored answer rows of an annotation file. Raises `TitaError` if it is none."
     return judged.scored_rows(read_jsonl(path, keys=("question_id", "image", "text", "answers")))
 
-def winners(method: str, rows: list[dict], chosen: str, fuse: tuple, fused_by) -> tuple:
+def winners(rows: list[dict], how: Pairing, out: Path, images: Path) -> tuple:
     "The view whose answers win, added to `rows` where it is made here; and how many questions failed."
-    if method == "consensus":
-        rows += pairs.fuse_consensus(rows, fuse)
+    if how.method == "consensus":
+        rows += pairs.fuse_consensus(rows, how.fuse)
         return "consensus", 0
-    if method == "fused":
-        fused, failed = fused_by(rows, fuse)
+    if how.method == "fused":
+        fused, failed = fuse_with_server(rows, how, out/"fused.jsonl", images)
         rows += fused
         return "fused", failed
-    return chosen, 0
-
-# %% ../../nbs/data/46_data_cli.ipynb #2c6e0a07
-WRITTEN = ["jsonl", "seva", "mllm", "trl"]
-Answers = _arg(list[str], "answer files, or VIEW=PATH where they do not say the view; for method scored, of annotate")
-Method = option(str, f"{', '.join(METHODS)}: where the winner comes from")
-Chosen = option(str, "view of the winners, for method seva")
-Rejected = option(list[str], "view of the losers; several give several pairs of a question")
-Fuse = option(list[str], "views that are fused, the most trusted first; several times")
-Balance = option(str, "answer: equally many winners yes and no")
-Limit = option(int, "sample down to so many pairs [SeVa: 4300 OCR-VQA, 6500 TextVQA]")
-Like = option(str, "seva: clean and compare texts exactly as SeVa does")
-Gap = option(float, "for method scored: least difference of quality, of 12")
-Pick = option(str, "for method scored: worst, or random among the worse")
-Format = option(list[str], "jsonl, seva, mllm, trl; several times [default: all]", "--format")
+    return how.chosen, 0
 
 # %% ../../nbs/data/46_data_cli.ipynb #cb40e2f6
+Answers = _arg(list[str], "answer files, or VIEW=PATH where they do not say the view; for method scored, of annotate")
+
 @app.command("pairs")
-def pairs_command(
-    answers: Answers, images: Images, out: option(Path, "folder to write"),
-    method: Method = "seva", chosen: Chosen = "clean",
-    rejected: Rejected = ["diffusion-800"], fuse: Fuse = ["clean", "moco", "flip", "crop"], balance: Balance = None,
-    limit: Limit = None, like: Like = None, gap: Gap = 2, pick: Pick = "worst", seed: Seed = 0, form: Format = WRITTEN,
-    base_url: BaseUrl = None, model: option(str, "for method fused: who fuses") = None,
-    key_env: KeyEnv = "OPENAI_API_KEY", concurrency: Concurrency = 8,
-):
+@from_options("how", Pairing)
+def pairs_command(answers: Answers, images: Images, out: option(Path, "folder to write"), *, how: Pairing):
     "Make a preference data set, with a report of what was dropped, a data card and pictures."
-    if method not in METHODS:
-        raise TitaError(f"method {method!r} is none of {', '.join(METHODS)}")
-    if method == "scored":
+    if how.method not in METHODS:
+        raise TitaError(f"method {how.method!r} is none of {', '.join(METHODS)}")
+    if how.method == "scored":
         rows = [r for f in answers for r in read_scored(f)]
-        return _write_set(pairs.make_scored_pairs(rows, gap, pick, seed), rows, out, images, form, seed)
+        return _write_set(pairs.make_scored_pairs(rows, how.gap, how.pick, how.seed), rows, out, images, how)
     rows = load_answers(answers)
     out.mkdir(parents=True, exist_ok=True)
-    server = base_url, model, key_env, concurrency
-    by_server = lambda rows, views: fuse_with_server(rows, views, out/"fused.jsonl", images, server)
-    chosen, failed = winners(method, rows, chosen, tuple(fuse), by_server)
-    made = pairs.make_pairs(rows, chosen, tuple(rejected), balance, limit, seed, like)
-    _write_set(made, rows, out, images, form, seed)
+    chosen, failed = winners(rows, how, out, images)
+    made = pairs.make_pairs(rows, chosen, tuple(how.rejected), how.balance, how.limit, how.seed, how.like)
+    _write_set(made, rows, out, images, how)
     if failed:
         raise typer.Exit(1)
 
 # %% ../../nbs/data/46_data_cli.ipynb #2c6e0a09
-def _write_set(made: tuple, rows: list[dict], out: Path, images: Path, form: list[str], seed: int):
+def _write_set(made: tuple, rows: list[dict], out: Path, images: Path, how: Pairing):
     "Write pairs and their report, and say where."
     import matplotlib
     matplotlib.use("agg")
     kept, report = made
     models = sorted({r["model"] for r in rows if r.get("model")})
-    pairs.save_pairs(kept, out, images, report, tuple(form), ", ".join(models) or "unknown", seed)
+    pairs.save_pairs(kept, out, images, report, how.form, ", ".join(models) or "unknown", how.seed)
     write_json(out/"report.json", report)
     print("  ".join(f"{k.replace('_', ' ')} {v}" for k, v in report.items()))
     print(f"data set: {out}, described in {out/'README.md'}")
@@ -329,15 +331,17 @@ def rows_for(source: Path, to: str, images: Path | None, least: float) -> list[d
     return rows
 
 # %% ../../nbs/data/46_data_cli.ipynb #2f2b77cf
+@app.command("convert")
 def convert(
-    source: Path, # file of any format
-    out: Path, # file or folder to write
-    to: str, # one of TARGETS
-    images: Path | None = None, # image folder, for pictures
-    embed: bool = False, # pictures into the Parquet file
-    least: float = 9, # quality for rejection sampling, of 12
-) -> int: # how many rows were written
-    "One format into another. Raises `TitaError` where they do not fit."
+    source: _arg(Path, "file of questions, answers, pairs or scores, in any format"),
+    out: _arg(Path, "file or folder to write"),
+    to: option(str, "; ".join(f"{k}: {v}" for k, v in TARGETS.items())), images: option(Path, "image folder") = None,
+    embed: option(bool, "put the pictures into the Parquet file", "--embed") = False,
+    least: option(float, "for rejection: least quality, of 12") = 9,
+):
+    "Turn one format into another."
+    if to not in TARGETS:
+        raise TitaError(f"format {to!r} is none of {', '.join(TARGETS)}")
     rows = rows_for(source, to, images, least)
     try:
         if images:
@@ -348,18 +352,4 @@ def convert(
         sources.write_parquet(rows, out, images, embed)
     else:
         pairs.write_as(to, rows, out, images)
-    return len(rows)
-
-# %% ../../nbs/data/46_data_cli.ipynb #144f40bb
-@app.command("convert")
-def convert_command(
-    source: _arg(Path, "file of questions, answers, pairs or scores, in any format"),
-    out: _arg(Path, "file or folder to write"),
-    to: option(str, "; ".join(f"{k}: {v}" for k, v in TARGETS.items())), images: option(Path, "image folder") = None,
-    embed: option(bool, "put the pictures into the Parquet file", "--embed") = False,
-    least: option(float, "for rejection: least quality, of 12") = 9,
-):
-    "Turn one format into another."
-    if to not in TARGETS:
-        raise TitaError(f"format {to!r} is none of {', '.join(TARGETS)}")
-    print(f"{convert(source, out, to, images, embed, least)} rows written to {out}")
+    print(f"{len(rows)} rows written to {out}")

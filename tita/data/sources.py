@@ -10,6 +10,7 @@ __all__ = ['SOURCES', 'sample_questions', 'read_questions', 'read_answers', 'che
 import hashlib, heapq, json, re, tempfile, warnings
 from collections import Counter
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from fastcore.basics import patch
 from ..core import TitaError, mistakes_at, open_image, progress, seed_for, write_text, write_jsonl
@@ -33,23 +34,6 @@ def source_of(image) -> str | None:
     "The part of a mix that an image belongs to: the first part of its name."
     return image.split("/")[0] if isinstance(image, str) and "/" in image else None
 
-# %% ../../nbs/data/40_sources.ipynb #977e73cb
-class Least:
-    "The records with the least numbers, so far."
-    def __init__(self, size: int):
-        self.size, self.heap = size, []
-
-    def offer(self, number: int, place: int, line: Line, record: dict):
-        entry = -number, -place, line, record # the greatest of those kept is the first to go
-        if len(self.heap) < self.size:
-            heapq.heappush(self.heap, entry)
-        elif self.size:
-            heapq.heappushpop(self.heap, entry)
-
-    def kept(self) -> list[tuple]:
-        "In the order of the file."
-        return sorted(((-place, line, record) for _, place, line, record in self.heap), key=lambda kept: kept[0])
-
 # %% ../../nbs/data/40_sources.ipynb #4d0a7c1b
 def _picked(record: dict, place: int, source: str, per_image: int | None, seed: int) -> list[dict]:
     "Up to `per_image` questions of one record, in their order."
@@ -70,23 +54,25 @@ def sample_questions(
     "Questions about a sample of the images of each source. Raises `TitaError` naming file and line."
     rows = []
     for source, least in _winners(path, sources, seed).items():
-        for place, line, record in least.kept():
+        for _, place, line, record in sorted(least, key=itemgetter(1)):
             with mistakes_at(f"{path}:{line}"):
                 rows += _picked(record, place, source, per_image, seed)
     return rows
 
 # %% ../../nbs/data/40_sources.ipynb #4d0a7c13
-def _winners(path, sources: dict, seed: int) -> dict: # source -> `Least`
+def _winners(path, sources: dict, seed: int) -> dict: # source -> (-number, place, line, record) of those with the least
     "One pass over the file."
     if unknown := sorted(set(sources) - set(SOURCES)):
         raise TitaError(f"source {unknown[0]!r} is none of {', '.join(SOURCES)}")
-    best = {s: Least(SOURCES[s].images if n is None else n) for s, n in sources.items()}
-    seen = Counter()
+    best, seen = {s: [] for s in sources}, Counter()
     for place, (line, record) in enumerate(progress(iter_records(path), desc="questions", unit="row")):
         source = source_of(record.get("image"))
         seen[source or "no image"] += 1
         if source in best and record.get("conversations"):
-            best[source].offer(seed_for("image", seed, source, record["image"], place), place, line, record)
+            number = seed_for("image", seed, source, record["image"], place)
+            heapq.heappush(best[source], (-number, place, line, record))
+            if len(best[source]) > (SOURCES[source].images if sources[source] is None else sources[source]):
+                heapq.heappop(best[source])
     if missing := [s for s in sources if not seen[s]]:
         there = ", ".join(f"{k} ({v})" for k, v in seen.most_common(8))
         raise TitaError(f"{path}: no record of {missing[0]}; there are {there}")
@@ -100,7 +86,6 @@ def read_questions(path: str | Path, bad=None) -> list[dict]:
 def read_answers(
     path: str | Path, # answer file
     view: str | None = None, # of all rows, for a file that does not say it
-    bad=None, # see `read_rows`
 ) -> list[dict]: # answer rows
     "Answer rows of this package or of SeVa."
     def convert(record):
@@ -110,13 +95,13 @@ def read_answers(
             cure = f"say on which view the answers were given, as in clean={Path(path).name}"
             raise TitaError(f"no key 'view'; {cure}")
         return [row | {"view": row.get("view", view)} for row in question_rows(record)[:1]]
-    return [row for _, row in read_rows(path, convert, bad=bad, unique=("question_id", "view", "sample"))]
+    return [row for _, row in read_rows(path, convert, unique=("question_id", "view", "sample"))]
 
 # %% ../../nbs/data/40_sources.ipynb #4d0a7c1d
-def read_pair_rows(path: str | Path, bad=None) -> list[dict]:
+def read_pair_rows(path: str | Path) -> list[dict]:
     "Pair rows of a file of any of the formats; see `read_rows`."
     content = "image", "prompt", "chosen", "rejected"
-    rows = read_rows(path, pair_rows, content, bad, unique=("question_id", "source", "sample"))
+    rows = read_rows(path, pair_rows, content, unique=("question_id", "source", "sample"))
     return [row | {"source": row.get("source", Path(path).stem)} for _, row in rows]
 
 # %% ../../nbs/data/40_sources.ipynb #9350905e

@@ -8,6 +8,7 @@ __all__ = ['SPLITS', 'scene_questions', 'number_scenes', 'pope_file', 'question_
 
 # %% ../../nbs/eval/61_evaluation.ipynb #7bdf3c34
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -124,25 +125,6 @@ def answerer(
         settings = dict(temperature=0., window=chunk) | settings
     return partial(model.answers, **settings)
 
-# %% ../../nbs/eval/61_evaluation.ipynb #9c8ab095
-class _Answers:
-    "A JSON Lines file of answers and what is in it; for no file, answers in memory."
-    def __init__(self, path):
-        self.writer = path and JsonlWriter(path, key="question_id")
-        there = read_jsonl(path, ("question_id", "answer")) if path else []
-        self.rows = {r["question_id"]: r for r in there}
-    def __enter__(self):
-        return self
-    def __exit__(self, *exc):
-        if self.writer:
-            self.writer.close()
-
-    def add(self, rows):
-        "Rows that nothing can take away when this returns."
-        if self.writer:
-            self.writer.write_many(rows)
-        self.rows.update({r["question_id"]: r for r in rows})
-
 # %% ../../nbs/eval/61_evaluation.ipynb #5054b974
 def _image(question: dict, folder):
     "A row's image: as it is, or found in the folder."
@@ -181,17 +163,20 @@ def evaluate(
 ) -> list[dict]: # rows for `metrics.score`, in the order of the questions
     "Ask all questions. Raises `TitaError` if some failed, after the others are done and kept."
     ask, failed = answerer(model, chunk, **settings), []
-    with _Answers(out) as answers, progress(total=len(questions), desc=desc, unit="question") as bar:
-        todo = [q for q in questions if q["question_id"] not in answers.rows]
+    file = JsonlWriter(out, key="question_id") if out else nullcontext()
+    with file as writer, progress(total=len(questions), desc=desc, unit="question") as bar:
+        known = {r["question_id"]: r for r in (read_jsonl(out, ("question_id", "answer")) if out else ())}
+        todo = [q for q in questions if q["question_id"] not in known]
         bar.update(len(questions) - len(todo))
         for equal, answer in _ask_once(ask, todo, images):
-            if answer.error:
-                failed += [(q["question_id"], answer.error) for q in equal]
-            else:
-                answers.add([_row(q, answer.text) for q in equal])
+            rows = [] if answer.error else [_row(q, answer.text) for q in equal]
+            failed += [(q["question_id"], answer.error) for q in equal if answer.error]
+            known |= {r["question_id"]: r for r in rows}
+            if writer:
+                writer.write_many(rows)
             bar.update(len(equal))
     _tell(failed, len(questions))
-    return [answers.rows[q["question_id"]] for q in questions]
+    return [known[q["question_id"]] for q in questions]
 
 # %% ../../nbs/eval/61_evaluation.ipynb #a6109c0a
 def _tell(failed: list[tuple], n: int):

@@ -242,13 +242,12 @@ def vqa_accuracy(
 def anls(
     answer: str, # what the model said
     truths: str | Sequence[str], # the answers that are right
-    threshold: float = 0.5, # at this share of wrong letters the answer counts as wrong
 ) -> float: # 0 to 1
-    "Average normalised Levenshtein similarity of one answer: the best over its truths."
+    "Average normalised Levenshtein similarity of one answer: the best over its truths; 0 from one half wrong on."
     truths = [truths] if isinstance(truths, str) else truths
     said = answer.strip().lower()
     wrong = min((Levenshtein.normalized_distance(said, t.strip().lower()) for t in truths), default=1.)
-    return 1 - wrong if wrong < threshold else 0.
+    return 1 - wrong if wrong < .5 else 0.
 
 # %% ../../nbs/eval/60_metrics.ipynb #bd8fc69a
 _GRADED = dict(  # kind -> how an answer is graded, and the metrics that it counts for

@@ -50,7 +50,7 @@ def prose(
     return Markup("\n".join(f"<p>{p}</p>" for p in paragraphs))
 
 # %% ../../nbs/show/66_report.ipynb #08e65dd5
-def image_uri(image, side: int = 640) -> str:
+def image_uri(image) -> str:
     "An image as part of the page: PNG if it is small or already PNG, else JPEG."
     if isinstance(image, bytes):
         return data_url(image)
@@ -59,7 +59,7 @@ def image_uri(image, side: int = 640) -> str:
     if max(image.size) <= 256:
         return data_url(image.convert("RGB"))
     image = image.copy()
-    image.thumbnail((side, side))
+    image.thumbnail((640, 640))
     return data_url(image.convert("RGB"), "image/jpeg", quality=85)
 
 # %% ../../nbs/show/66_report.ipynb #475e0d5e
@@ -194,15 +194,14 @@ class Report:
 def figure(self: Report,
     fig, # a matplotlib figure, PIL image, or PNG bytes
     caption: str = "", # what to see in it
-    alt: str | None = None, # for those who cannot see it; None: the figure's own, or the caption
 ) -> Report:
-    "Add a figure."
+    "Add a figure; those who cannot see it are told its own `alt`, or the caption."
     image, width = fig, None
     if hasattr(fig, "savefig"):
         out, width = io.BytesIO(), round(fig.get_figwidth() * 112)
         fig.savefig(out, format="png", dpi=180, facecolor="white")
         image = out.getvalue()
-    return self.add("figure", image_uri(image), alt or getattr(fig, "alt", "") or caption, caption, width)
+    return self.add("figure", image_uri(image), getattr(fig, "alt", "") or caption, caption, width)
 
 # %% ../../nbs/show/66_report.ipynb #d7ba6e32
 PAGE_COLUMNS = 7 # of results that a page is wide enough for; more begin another table

@@ -65,12 +65,11 @@ def pair_accuracy(
 # %% ../../nbs/studies/81_reward_quality.ipynb #cd26d14e
 def margin_by_length(
     scores, # of `pair_scores`
-    edges=(-8, -3, 0, 1, 4, 9), # of the bins of chosen minus rejected length, in tokens
 ) -> list[dict]: # low, high, pairs, margin (mean, nats), accuracy (percent), for bins that are not empty
     "Margin and accuracy by how much longer the chosen answer is."
     longer, margin = scores[:, 2] - scores[:, 3], scores[:, 0] - scores[:, 1]
-    where = np.digitize(longer, edges)
-    bounds = [-np.inf, *edges, np.inf]
+    edges = -8, -3, 0, 1, 4, 9  # of the bins, in tokens
+    where, bounds = np.digitize(longer, edges), [-np.inf, *edges, np.inf]
     def cell(low, high, m):
         means = dict(margin=float(m.mean()), accuracy=100 * float((m > 0).mean()))
         return dict(low=low, high=high, pairs=len(m), **means)
@@ -98,10 +97,10 @@ def _values_and_truth(rows: list) -> tuple[np.ndarray, np.ndarray]:
     mentions = [m for row in rows for m in row]
     return np.array([r for r, _ in mentions]), np.array([right for _, right in mentions], bool)
 
-def _auc_interval(mentions: list, n: int) -> tuple[float, float]:
-    "95% of the areas when whole rows are drawn again; NaN where no draw has mentions of both kinds."
+def _auc_interval(mentions: list) -> tuple[float, float]:
+    "95% of the areas when whole rows are drawn again, 500 times; NaN where no draw has mentions of both kinds."
     rng, drawn = np.random.default_rng(0), []
-    for _ in range(n):
+    for _ in range(500):
         values, right = _values_and_truth([mentions[i] for i in rng.integers(0, len(mentions), len(mentions))])
         if 0 < right.sum() < len(right):
             drawn.append(roc(values, right)[2])
@@ -113,12 +112,11 @@ def mention_auc(
     truths, # per row, the names of what is there
     processor, objects, # as in `mention_rewards`
     answer: str="answer", # which of the answers are captions
-    n: int=500, # resamples of whole rows, for the interval
 ) -> dict: # auc with low and high (95%), curve (false, true positive rates), right and invented: mentions' rewards
     "Do invented objects get the lower token reward? Raises `TitaError` unless some are right and some invented."
     found = [mention_rewards(row[answer], processor, objects) for row in rewards]
     mentions = [[(r, name in truth) for name, r in row] for row, truth in zip(found, truths, strict=True)]
     values, right = _values_and_truth(mentions)
     fpr, tpr, auc = roc(values, right)
-    low, high = _auc_interval(mentions, n)
+    low, high = _auc_interval(mentions)
     return dict(auc=auc, low=low, high=high, curve=(fpr, tpr), right=values[right], invented=values[~right])

@@ -76,10 +76,9 @@ def baseline_sets(
 # %% ../../nbs/studies/83_reward_study.ipynb #9a94d870
 def steered(
     rows: list[dict], # question rows
-    wanted=(4, 4, 4, 2, 2), # attributes to ask for, in the order of ATTRIBUTES
 ) -> list[dict]: # the same, with SteerLM's line after the question
     "Questions as SteerLM was trained to be asked."
-    line = ",".join(f"{a.capitalize()}:{v}" for a, v in zip(ATTRIBUTES, wanted))
+    line = ",".join(f"{a.capitalize()}:{v}" for a, v in zip(ATTRIBUTES, (4, 4, 4, 2, 2)))
     return [r | {"text": r["text"] + "\n" + STEER.format(attributes=line)} for r in rows]
 
 # %% ../../nbs/studies/83_reward_study.ipynb #647e9668

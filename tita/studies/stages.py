@@ -129,15 +129,13 @@ def user_rows(
 # %% ../../nbs/studies/82_stages.ipynb #6147108b
 def further_rows(
     answers: list[dict], # answer rows, captions among them
-    colors: int = 2, counts: int = 2, # questions of each kind about an image, at most
     seed: int = 0, # of the choice
 ) -> list[dict]: # question rows without truth
-    "Ask for colour and number of what captions name."
+    "Ask for colour and number of what captions name, of at most two objects each."
     rng, rows = random.Random(f"further {seed}"), []
     for i, caption in enumerate(a for a in answers if a["text"] == ASK["caption"]):
         named = list(dict.fromkeys(w for w in caption["answer"].split() if w in OBJECTS))
-        most = (("color", colors), ("count", counts))
-        chosen = [(kind, o) for kind, n in most for o in rng.sample(named, min(n, len(named)))]
+        chosen = [(kind, o) for kind in ("color", "count") for o in rng.sample(named, min(2, len(named)))]
         for k, (kind, o) in enumerate(chosen):
             rows.append({"question_id": f"further/{i}/{k}", "image": caption["image"], "text": ASK[kind].format(o)})
     return rows
@@ -266,16 +264,13 @@ def seen(
     seed: int = 0, # of the noise
 ): # PIL image; the one that was given where the processor cuts images into tiles
     "The image as the models see it, under diffusion noise."
-    import torch
-    from PIL import Image
-    from tita.views import diffusion_noise
+    from tita.views import diffusion_noise, show_tensor
     how = processor.image_processor
     x = how([image], return_tensors="pt")["pixel_values"]
     if x.ndim != 4:
         return image
     x = diffusion_noise(x, t, seeds=[seed])[0] if t else x[0] # (3, H, W), normalised
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (how.image_mean, how.image_std))
-    return Image.fromarray(((x * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
+    return show_tensor(x, how.image_mean, how.image_std)
 
 # %% ../../nbs/studies/82_stages.ipynb #be64db12
 def make_systems(

@@ -166,13 +166,12 @@ def record_teacher(
     images: ImageStore, # theirs
     store: TeacherStore, # where the log-probabilities go
     k: int|None=64, # how many to keep for a token; None: all
-    batch_size: int=64, # answers in a forward
 ):
     "Run the base over the rows whose log-probabilities are missing."
     cache = TowerCache(model, store=images)
     for block in progress(store.missing(), "the base's log-probabilities", unit="file"):
         order, found = sorted(block, key=lambda i: rows[i]["image_ids"]), {}  # rows about one image share a tree
-        for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+        for batch in (order[i:i + 64] for i in range(0, len(order), 64)):
             found |= zip(batch, _teach(model, [rows[i] for i in batch], images, cache, k))
         store.write(block[0], [found[i] for i in block])
     cache.close()

@@ -16,13 +16,17 @@ from . import training_runs as runs
 from .training_rows import check_row_images, first_process, training_rows
 
 # %% ../../nbs/train/55_recipes.ipynb #55d0a007
-def _train_on(trainer_class, method, parts: dict, rows, held_out, args, resume, overwrite, callbacks) -> tuple:
+def _train_on(trainer_class, args, parts: dict, rows, held_out, images, resume, overwrite, callbacks) -> tuple:
     "One run on rows with answers, of a model and its `parts`; the trained model, and the history."
+    answers, method = trainer_class._answers, "dpo"
+    rows = training_rows(rows, images, answers)
+    held_out = training_rows(held_out, images, answers) if held_out else None
     runs.measure_held_out(args, held_out)
     out = runs.claim_run(args.output_dir, args, runs.data_hash(rows), resume, overwrite)
     if resume and (out/"metrics.json").exists():
         return runs.load_run(parts["model"], out)
-    if method == "sft":
+    if "rejected" not in answers or args.loss_type == ["sft"]:
+        method = "sft"
         vars(parts["model"].config).pop("distilled_from", None) # whatever it learns now, it was not its base's
     build = lambda: trainer_class(args=args, train_dataset=rows, eval_dataset=held_out, **parts)
     processor, sources = parts["processing_class"], runs.sources_of(rows)
@@ -46,12 +50,9 @@ def train_dpo(
 ): # the trained model, and the history: a row of loss, rewards/margins, rewards/accuracies ... per logged step
     "Train a reward model by DPO. Raises `TitaError` for bad rows, bad settings and folders in use."
     from tita.train.dpo import PrefixSharedDPOTrainer
-    rows = training_rows(pairs, images)
-    held_out = training_rows(eval_pairs, images) if eval_pairs else None
     args = args or runs.configure(output_dir, **config)
-    method = "sft" if args.loss_type == ["sft"] else "dpo"
     parts = dict(model=model, processing_class=processor, peft_config=peft_config)
-    return _train_on(PrefixSharedDPOTrainer, method, parts, rows, held_out, args, resume, overwrite, callbacks)
+    return _train_on(PrefixSharedDPOTrainer, args, parts, pairs, eval_pairs, images, resume, overwrite, callbacks)
 
 # %% ../../nbs/train/55_recipes.ipynb #24f72aa9
 def train_sft(
@@ -64,12 +65,9 @@ def train_sft(
 ): # the trained model, and the history
     "Train on completions alone."
     from tita.train.dpo import PrefixSharedSFTConfig, PrefixSharedSFTTrainer
-    answers = ("completion",)
-    found = training_rows(rows, images, answers)
-    held_out = training_rows(eval_rows, images, answers) if eval_rows else None
     args = args or runs.configure(output_dir, PrefixSharedSFTConfig, **config)
     parts = dict(model=model, processing_class=processor, peft_config=peft_config)
-    return _train_on(PrefixSharedSFTTrainer, "sft", parts, found, held_out, args, resume, overwrite, callbacks)
+    return _train_on(PrefixSharedSFTTrainer, args, parts, rows, eval_rows, images, resume, overwrite, callbacks)
 
 # %% ../../nbs/train/55_recipes.ipynb #55d0a00a
 def _answer_rows(answers, images) -> tuple[list, list]:

@@ -74,17 +74,6 @@ def meet():
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
 
-def mark_whole():
-    "A callback that marks checkpoints when they are whole."
-    from transformers import TrainerCallback
-    class MarkWhole(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            meet()
-            if state.is_world_process_zero:
-                folder = Path(args.output_dir)/f"checkpoint-{state.global_step}"
-                write_json(folder/_WHOLE, dict(step=state.global_step))
-    return MarkWhole()
-
 # %% ../../nbs/train/54_training_runs.ipynb #54d0a004
 def last_checkpoint(
     folder: str|Path, # a run's folder
@@ -152,25 +141,27 @@ def claim_run(
 # %% ../../nbs/train/54_training_runs.ipynb #1ba0219c
 _SHOWN = "loss", "rewards/margins", "rewards/accuracies"
 
-def show_progress(title: str):
-    "A callback with one bar."
+def follow(title: str):
+    "A callback of the first process: one bar, and a mark beside each checkpoint that is whole."
     from transformers import TrainerCallback
-    class ShowProgress(TrainerCallback):
-        bar = None
+    class Follow(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            if state.is_world_process_zero:
-                self.bar = progress(desc=title, total=state.max_steps, unit="step", initial=state.global_step)
+            hidden = {} if state.is_world_process_zero else dict(disable=True)
+            self.bar = progress(desc=title, total=state.max_steps, unit="step", initial=state.global_step, **hidden)
         def on_step_end(self, args, state, control, **kwargs):
-            if self.bar is not None:
-                self.bar.update()
+            self.bar.update()
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if self.bar is not None and logs and "loss" in logs:
-                shown = {k.split("/")[-1]: f"{logs[k]:.3g}" for k in _SHOWN if k in logs}
+            shown = {k.split("/")[-1]: f"{logs[k]:.3g}" for k in _SHOWN if k in (logs or {})}
+            if "loss" in shown:
                 self.bar.set_postfix(shown, refresh=False)
         def on_train_end(self, args, state, control, **kwargs):
-            if self.bar is not None:
-                self.bar.close()
-    return ShowProgress()
+            self.bar.close()
+        def on_save(self, args, state, control, **kwargs):
+            meet()
+            if state.is_world_process_zero:
+                folder = Path(args.output_dir)/f"checkpoint-{state.global_step}"
+                write_json(folder/_WHOLE, dict(step=state.global_step))
+    return Follow()
 
 # %% ../../nbs/train/54_training_runs.ipynb #f112fdf1
 @contextlib.contextmanager
@@ -197,7 +188,7 @@ def dress(trainer, title: str, callbacks=()):
     "Our callbacks on a trainer, without its printer."
     from transformers import PrinterCallback
     trainer.remove_callback(PrinterCallback)
-    for c in [show_progress(title), mark_whole(), *callbacks]:
+    for c in [follow(title), *callbacks]:
         trainer.add_callback(c)
 
 # %% ../../nbs/train/54_training_runs.ipynb #54d0a009
