@@ -3,12 +3,13 @@
 
     python scripts/run_notebook.py nbs/runs/demo.ipynb runs/demo/demo.ipynb [-f FILE.yaml] [-p NAME VALUE] ...
 
-The executed copy is saved cell by cell, in the end as a page, too; what the notebook prints is shown while it runs.
+The executed copy is saved cell by cell, in the end as a page, too; both are also kept in the run's folder, the
+parameter `out`. What the notebook prints is shown while it runs.
 Parameters are checked first: their names, and that each is of its default's kind; a list is given as
 `-p lams "[0.5, 1]"`. Exit codes: 0, 1 (the notebook failed), 2 (a mistake that the message names), 130 (interrupted),
 138 (its process died).
 """
-import argparse, logging, os, signal, sys, tempfile
+import argparse, logging, os, shutil, signal, sys, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -118,6 +119,15 @@ def write_page(
         return
     write_text(Path(target).with_suffix(".html"), HTMLExporter().from_filename(target)[0])
 
+def keep_in_folder(
+    file: str | Path, # an executed notebook, or its page
+    out: str, # the run's folder, "" where the notebook has none
+):
+    "Copy it into the folder that it tells of, so that the folder can be moved or sent as it is."
+    file, folder = Path(file), Path(out)
+    if out and folder.is_dir() and file.is_file() and file.resolve().parent != folder.resolve():
+        shutil.copy(file, folder)
+
 def tell(
     text: str, # for the reader
     code: int, # exit code
@@ -141,6 +151,7 @@ def main(
     from papermill.exceptions import PapermillException, PapermillExecutionError
     try:
         given = parameters(a.notebook, a.parameters_file, a.parameters)
+        out = (defaults(a.notebook) | given).get("out", "")
         Path(a.target).parent.mkdir(parents=True, exist_ok=True)
         with kernel_stderr() as raw:
             try:
@@ -148,6 +159,8 @@ def main(
             except DeadKernelError:
                 died = f"{tail(raw)}error: the notebook's process died, most likely for want of memory"
                 return tell(f"{died}\n(what ran up to there: {a.target})", 138)
+            finally:
+                keep_in_folder(a.target, out)
     except PapermillExecutionError as e:
         text, code = explain(e.ename, e.evalue)
         return tell(f"{text or e}\n(what ran up to there: {a.target})", code)
@@ -156,6 +169,7 @@ def main(
     except KeyboardInterrupt:
         return tell("interrupted; run the same command again to resume", 130)
     write_page(a.target)
+    keep_in_folder(Path(a.target).with_suffix(".html"), out)
     return 0
 
 if __name__ == "__main__":

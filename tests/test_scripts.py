@@ -156,6 +156,17 @@ def test_parameters_reach_the_notebook(tmp_path):
     assert run.returncode == 0 and "n is 42 from the file" in run.stderr, run.stderr
     assert "n is 42" in (tmp_path/"out/a.ipynb").read_text()
 
+def test_a_runs_folder_keeps_its_executed_notebook_and_page(tmp_path):
+    "Also where the copy was asked for elsewhere, and where the notebook fails; a dry run makes no folder."
+    last = "import os; os.makedirs(out, exist_ok=True); print('worked'); n and 1/0"
+    nb, target, out = notebook(tmp_path/"a.ipynb", "out = ''\nn = 0", last), tmp_path/"b.ipynb", tmp_path/"run"
+    assert run_notebook(nb, target, "-p", "out", out, "-p", "n", "1").returncode == 1
+    assert "ZeroDivisionError" in (out/"b.ipynb").read_text() and not (out/"b.html").exists()
+    assert run_notebook(nb, target, "-p", "out", out).returncode == 0
+    assert (out/"b.ipynb").read_text() == target.read_text() and "worked" in (out/"b.html").read_text()
+    dry = notebook(tmp_path/"dry.ipynb", "out = ''", "print(out)")
+    assert run_notebook(dry, target, "-p", "out", tmp_path/"no").returncode == 0 and not (tmp_path/"no").exists()
+
 def test_mistake_in_a_notebook_is_one_line(tmp_path):
     mistake = "class TitaError(ValueError): pass\nraise TitaError('questions.jsonl:3: no text; add one')"
     nb = notebook(tmp_path/"a.ipynb", "n = 1", mistake)
