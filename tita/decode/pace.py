@@ -16,6 +16,7 @@ class Pace:
     longest = 12 # tokens of a draft
     soon, again = 16, 32 # drafts after which a plain step is measured for the first time, and again
     patience = 64 # plain steps after which the cost of drafts is forgotten
+    memory = 50 # drafted tokens of a level that are remembered
     levels = 8 # of how sure the drafter is
     hoped = 2.5 # tokens that a step with a draft gives a row, before that is known
 
@@ -23,6 +24,7 @@ class Pace:
         self.noted = {} # (size, what) -> the last few: seconds of steps, "plain" or "drafted", and tokens "written"
         self.run = {} # size -> drafts since a plain step, or minus the plain steps since a draft
         self.rates = [.75] * self.levels # how often drafted tokens of each level are right, lately
+        self.seen = [3] * self.levels # drafted tokens that each rate is the mean of: what is new counts for one of these
         self.gain = self.hoped # the same, lately
 
     def known(self, n: int, what: str) -> tuple:
@@ -68,10 +70,12 @@ def note_drafts(self: Pace,
     drafted: list[tuple[float, bool]], # how sure the drafter was of each token, and whether it was right
 ):
     "Remember how good drafts are: tokens that were written after right ones."
-    rates = self.rates.copy()
+    rates, seen = self.rates.copy(), self.seen.copy()
     for sure, right in drafted:
-        rates[self._level(sure)] += .05 * (right - rates[self._level(sure)])
-    self.rates = rates
+        level = self._level(sure)
+        seen[level] = min(seen[level] + 1, self.memory)
+        rates[level] += (right - rates[level]) / seen[level]
+    self.rates, self.seen = rates, seen
 
 # %% ../../nbs/decode/16_pace.ipynb #a6c0de21
 @patch
