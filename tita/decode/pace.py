@@ -24,7 +24,7 @@ class Pace:
         self.noted = {} # (size, what) -> the last few: seconds of steps, "plain" or "drafted", and tokens "written"
         self.run = {} # size -> drafts since a plain step, or minus the plain steps since a draft
         self.rates = [.75] * self.levels # how often drafted tokens of each level are right, lately
-        self.seen = [3] * self.levels # drafted tokens that each rate is the mean of: what is new counts for one of these
+        self.seen = [3] * self.levels # tokens that each rate is the mean of: a new one counts for one of these
         self.gain = self.hoped # the same, lately
 
     def known(self, n: int, what: str) -> tuple:
