@@ -131,3 +131,12 @@ def test_weights_that_change_while_a_row_runs_are_read():
             for _, output in engine.step():
                 said.append(output.tokens)
     assert said[0] == said[1]
+
+
+def test_maps_are_there_though_another_thread_forgets_them():
+    class Forgotten(cache.Stack):
+        joined = property(lambda self: ([], []), lambda self, made: None)  # whenever it is looked up
+
+    model = lively(32, 1)
+    stack = Forgotten(model.get_decoder(), model.config.get_text_config())
+    assert len(stack._called()) == len(stack.layers) > 0

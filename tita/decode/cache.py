@@ -294,7 +294,7 @@ class Stack:
         self.gqa = heads // self.shared if heads != self.shared else 0  # queries of a key
         self.mrope = "mrope_section" in (getattr(config, "rope_parameters", None) or {})
         self.turns = self.embedding.new_zeros(0, 2 * self.width) # cosines, then signed sines, of each position
-        self.joined = [], [] # what `_joined` gave last: how often torch had counted changes of weights, and the layers
+        self.joined = [], [] # how often torch had counted changes of the maps, and the layers that were joined then
 
     @property
     def current(self) -> bool:
@@ -335,9 +335,10 @@ def _called(self: Stack) -> list[Layer]:
     if self.is_large or self.embedding.device.type != "cpu":
         return self.layers
     changes = [w._version for l in self.layers for w, _ in l.heads]
-    if self.joined[0] != changes:
-        self.joined = changes, [_join(l) for l in self.layers]
-    return self.joined[1]
+    known = self.joined  # once: another thread may forget meanwhile
+    if known[0] != changes:
+        known = self.joined = changes, [_join(l) for l in self.layers]
+    return known[1]
 
 # %% ../../nbs/decode/11_cache.ipynb #be3bf2af
 @patch
