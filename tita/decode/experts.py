@@ -227,12 +227,14 @@ def forward(self: Expert,
     delta: Tensor | int = 0, # (m) what M-RoPE adds to a length
     **inputs, # image features
 ) -> Tensor: # (m, V), or (m, q, V)
-    "Append a block of tokens to rows and return logits, without gradients only. `lens` stay: the caller keeps count."
+    "Append a block of tokens to rows and return logits. `lens` stay: the caller says how many tokens it keeps."
+    if torch.is_grad_enabled():  # not so in an engine's step, where each forward would say it again
+        with torch.inference_mode():
+            return self.forward(cache, rows, tokens, lens, at, positions, delta, **inputs)
     started = time.perf_counter()
     simple = positions is None and (not inputs or self.features_replace_tokens)
     plain = simple and self.stack is not None and self.stack.current
-    embedding = self.stack.embedding if plain else self.body.get_input_embeddings().weight
-    tokens = send(tokens, embedding.device)
+    tokens = send(tokens, (self.stack.embedding if plain else self.body.get_input_embeddings().weight).device)
     if plain and not inputs and cache.graphs is not None and _is_short(rows, tokens):
         logits = _at(self._replay(cache, tokens, lens, delta), at)
     else:
