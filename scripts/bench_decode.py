@@ -127,9 +127,9 @@ class ByLot(SpeculativeEngine):
 
     def _pick(self, scores, drafted, a, b, proposals=None, ahead=0):
         tokens = super()._pick(scores, drafted, a, b, proposals, ahead)
-        self.hits = self.lots[self.count[a:b, None] + ahead + torch.arange(tokens.shape[1])]
+        right = self.lots[self.count[a:b, None] + ahead + torch.arange(tokens.shape[1])]
         other = None if proposals is None else (proposals.cpu() + 1) % self.vocab
-        return tokens if proposals is None else torch.where(self.hits, proposals.cpu(), other)
+        return tokens if proposals is None else torch.where(right, proposals.cpu(), other)
 
 
 def questions(processor, scenes, tokens: int) -> list:

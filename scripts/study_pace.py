@@ -91,8 +91,8 @@ def markdown(result: dict, names: list) -> str:
     lines.append("| **geometric mean** | " + " | ".join(f"**{mean(cases, n):.2f}**" for n in names) + " |")
     made = (
         f"`python scripts/study_pace.py` on the embedded pair of seed 0, {result['reward']}, recommended setting; "
-        f"*four*: a draft of four where it pays; *unwatched*: today's rule as on a GPU. Times draft 0; "
-        f"medians of {result['rounds']} rounds in which the "
+        "*four*: a draft of four where it pays; *unwatched*: today's rule as on a GPU. "
+        f"Times draft 0; medians of {result['rounds']} rounds in which the "
         "rules take turns in one process, processor time of one thread (other programs ran on this machine meanwhile). "
         f"{result['cpus']} cores, torch {versions['torch']}, commit {(result['commit'] or 'unknown')[:12]}.")
     return "\n\n".join(["# When is a draft worth it?", made, "\n".join(lines)]) + "\n"

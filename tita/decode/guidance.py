@@ -44,11 +44,11 @@ def signal(
     s, d = FORMS[form], torch.zeros_like(base)
     for j, c in enumerate(weights):
         if s.base:
-            d = d.add_(base, alpha=c * s.base)
+            d.add_(base, alpha=c * s.base)
         if s.reward:
-            d = d.add_(rewards[j], alpha=c * s.reward)
+            d.add_(rewards[j], alpha=c * s.reward)
         if s.reference:
-            d = d.add_(references[j if len(references) > 1 else 0], alpha=c * s.reference)
+            d.add_(references[j if len(references) > 1 else 0], alpha=c * s.reference)
     return d
 
 # %% ../../nbs/decode/13_guidance.ipynb #a16bfd7f
@@ -62,8 +62,10 @@ def guide(
     "The one equation: `log p = log π_b + gate · clip(λ d, ±bound) + const`."
     pull = lam * d
     if torch.is_tensor(bound) or bound < math.inf:
-        pull = pull.clamp_(-bound, bound)
-    return (pull if isinstance(gate, float) and gate == 1 else pull.mul_(gate)).add_(base)
+        pull.clamp_(-bound, bound)
+    if torch.is_tensor(gate) or gate < 1:
+        pull.mul_(gate)
+    return pull.add_(base)
 
 # %% ../../nbs/decode/13_guidance.ipynb #e57c8bbe
 def top_two_gap(

@@ -25,7 +25,7 @@ class Pace:
         self.run = {} # size -> drafts since a plain step, or minus the plain steps since a draft
         self.rates = [.75] * self.levels # how often drafted tokens of each level are right, lately
         self.seen = [3] * self.levels # tokens that each rate is the mean of: a new one counts for one of these
-        self.gain = self.hoped # the same, lately
+        self.gain = self.hoped # tokens that a step with a draft gives a row, lately
 
     def known(self, n: int, what: str) -> tuple:
         "The last few with about `n` rows."

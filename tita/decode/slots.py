@@ -20,7 +20,6 @@ from .vocabularies import carry_over
 # %% ../../nbs/decode/12_slots.ipynb #12510007
 class Slots:
     "Places of rows that run at once, and what is noted of them."
-    watch = False # note where the drafter was right
     texts = dict(tokens=-1, base_tokens=-1, forced=-1, rewards=0., own=0.) # notes of each token, and what is nothing
     def __init__(self,
         experts: list, # base, rewards, references
@@ -222,21 +221,14 @@ def _pick(self: Slots,
 ) -> Tensor: # (m, J) on the host
     "The next J tokens of each row."
     if self.is_greedy:
-        tokens = best_token(scores)
-        if self.watch and drafted is not None:
-            self.hits = (tokens == (best_token(drafted) if proposals is None else proposals)).cpu()
-        return tokens.cpu()
+        return best_token(scores).cpu()
     tokens = torch.empty(scores.shape[:2], dtype=torch.long)
-    self.hits = torch.zeros(scores.shape[:2], dtype=torch.bool) # where the drafter was right
     for s, slots in self.groups.items():
         at = slots[(slots >= a) & (slots < b)] - a
         if not len(at):
             continue
         parts = [x if x is None or len(at) == b - a else x[at.to(x.device)] for x in (scores, drafted, proposals)]
-        new, guess = self._draw(s, a + at, *parts, ahead)
-        tokens[at] = new.cpu()
-        if self.watch and guess is not None:
-            self.hits[at] = (new == guess).cpu()
+        tokens[at] = self._draw(s, a + at, *parts, ahead).cpu()
     return tokens
 
 # %% ../../nbs/decode/12_slots.ipynb #84a359d4
@@ -245,20 +237,18 @@ def _draw(self: Slots,
     s: Sampling, # settings of all these rows
     slots: Tensor, # (m)
     scores: Tensor, drafted: Tensor | None, proposals: Tensor | None, ahead: int, # as for `_pick`
-) -> tuple[Tensor, Tensor | None]: # (m, J) tokens, and what the drafter took them for
+) -> Tensor: # (m, J)
     "Tokens of rows with the same settings."
     m, J, V = scores.shape
     p = self._warp(s, scores.reshape(-1, V), slots.tolist()).view(m, J, V)
-    guess = proposals if proposals is not None or drafted is None else best_token(drafted)
     if not s.temperature:
-        return best_token(p), guess
+        return best_token(p)
     seeds = self.seed[slots, None].expand(m, J).to(p.device)
     t = (self.count[slots, None] + ahead + torch.arange(J)).to(p.device) # (m, J) which token of the answer it is
     if not self.n_rewards or self.warpers[s] is None: # one stage: no drafter, or processors that read the text so far
-        return invert(p.double().softmax(-1), uniform(seeds, 4 * t + 3)), guess
+        return invert(p.double().softmax(-1), uniform(seeds, 4 * t + 3))
     q = self._warp(s, drafted.reshape(-1, V), []).view(m, J, V)
-    guess = propose(q, seeds, t) if proposals is None else proposals
-    return accept(p, q, guess, seeds, t), guess
+    return accept(p, q, propose(q, seeds, t) if proposals is None else proposals, seeds, t)
 
 # %% ../../nbs/decode/12_slots.ipynb #9398fbba
 @patch

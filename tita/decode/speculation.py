@@ -39,7 +39,6 @@ def check_draft(draft):
 # %% ../../nbs/decode/17_speculation.ipynb #b8bf56fd
 class SpeculativeEngine(Engine):
     "An engine whose first reward drafts. Raises `TitaError` for a draft that means nothing."
-    watch = True
     def __init__(self,
         *args, # of `Engine`
         draft: int | str = "auto", # a length, "auto" or "lazy"
@@ -105,7 +104,6 @@ class Verdict(NamedTuple):
     scores: Tensor # (n, J, V)
     signal: Tensor # (n, J, V)
     base: Tensor # (n, J, V) logits
-    hits: Tensor # (n, J) was the drafter right? On the host
 
 # %% ../../nbs/decode/17_speculation.ipynb #5b170021
 @patch
@@ -115,7 +113,7 @@ def _judge(self: SpeculativeEngine, logits: list[Tensor], ahead: int, proposals:
     scores, d = self._score(common)
     proposals = None if proposals is None else proposals.to(scores.device)
     targets = self._pick(scores, common[1], 0, self.n, proposals, ahead)
-    return Verdict(targets, scores, d, common[0], self.hits)
+    return Verdict(targets, scores, d, common[0])
 
 @patch
 def _verify(self: SpeculativeEngine, block: Tensor, drafted: list[Tensor]) -> tuple[Verdict, Tensor]:
@@ -175,7 +173,7 @@ def _block(self: SpeculativeEngine, most: int) -> int: # tokens that were drafte
     block, drafted = self._write_draft(most)
     verdict, keep = self._verify(block, drafted)
     if self.draft == "auto":
-        self._learn(verdict.hits, keep)
+        self._learn(verdict.targets, block[:, 1:].cpu(), keep)
     self._note(verdict, keep)
     self.speculated.blocks += 1
     self.speculated.drafted += len(drafted) * self.n
@@ -183,9 +181,10 @@ def _block(self: SpeculativeEngine, most: int) -> int: # tokens that were drafte
     return len(drafted)
 
 @patch
-def _learn(self: SpeculativeEngine, hits: Tensor, keep: Tensor): # (n, J), (n)
+def _learn(self: SpeculativeEngine, targets: Tensor, draft: Tensor, keep: Tensor): # (n, J), (n, k), (n)
     "Tell the pace what this draft was good for."
-    rows = zip(zip(*self.sure), hits.tolist(), keep.tolist())  # of each row k numbers, at least k, and one
+    right = (targets[:, :draft.shape[1]] == draft).tolist()
+    rows = zip(zip(*self.sure), right, keep.tolist())  # of each row k numbers, k, and one
     self.pace.note_drafts([drafted for sure, right, kept in rows for drafted in [*zip(sure, right)][:kept]])
     self.pace.note_gain(self.n, int(keep.sum()))
 
