@@ -218,7 +218,7 @@ def test_the_run_notebook(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads((tmp_path/"run/seed0/results.json").read_text())
     for task in ("world_caption", "world_text_only"):
-        assert list(found["scores"][task]) == ["base", "reward alone", "λ=0.5", "vcd", "best of 2"]
+        assert list(found["scores"][task]) == ["base", "λ=0.5", "reward alone", "vcd", "best of 2"]
     base, _, processor = load_models(0)
     rows = world_rows(kind="caption", scenes=6)
     said = AlignedDecoder(base, processor=processor).generate([r["image"] for r in rows], [r["text"] for r in rows], 64,
