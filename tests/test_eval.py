@@ -175,6 +175,34 @@ def test_what_is_given_wrongly(args, told, tmp_path):
     assert told in said and "Traceback" not in said
 
 
+def test_three_runs_side_by_side(tmp_path):
+    "One system of two runs is one row; another one of its name is called by where it lies; what only one has is told."
+    from tita.eval.eval_cli import gather
+    from tita.eval.eval_runs import Run, score_run, take_answers
+    from tita.eval.tasks import TASKS, task_questions
+    questions = {t: task_questions(TASKS[t], limit=12)[0] for t in ("world_pope_random", "world_color")}
+    wrong = dict(yes="no", no="yes")
+    def run(folder, task, right):
+        said = [dict(question_id=q["question_id"], answer=q["truth"] if i < right else wrong[q["truth"]])
+            for i, q in enumerate(questions[task])]
+        folder.parent.mkdir(exist_ok=True)
+        (folder.parent/"said.jsonl").write_text("\n".join(map(json.dumps, said)))
+        take_answers(Run(folder, limit=12), TASKS[task], folder.parent/"said.jsonl", "it")
+        score_run(folder)
+        return folder
+    x, y, z = (run(tmp_path/n/"run", "world_pope_random", right) for n, right in (("x", 6), ("y", 6), ("z", 12)))
+    names = f"{x}: it", f"{z}: it"
+    assert list(gather([x, y, z])[0]) == list(names)
+    other = run(tmp_path/"other", "world_color", 12)
+    systems, tasks, _ = gather([x, y, z, other])
+    assert [list(of) for of in systems.values()] == [["world_pope_random", "world_color"], ["world_pope_random"]]
+    told = tita_eval("compare", x, y, z, other, "--out", tmp_path/"all")
+    assert f"{z}: it" in told and "over the 1 comparisons" in told and "Left out: world_color" in told
+    assert [r["direction"] for r in read_jsonl(tmp_path/"all/flipped.jsonl")] == ["better"] * 6
+    assert {p.name for p in (tmp_path/"all").iterdir()} == {f"comparison.{e}" for e in ("json", "md")} | {
+        "flipped.jsonl", "gallery.html"}
+
+
 SAID = st.sampled_from(["Yes.", "no", "", "a dog"])
 
 

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['app', 'Include', 'parse_lams', 'endpoint_system', 'Options', 'first_decoder', 'guided', 'more_decoders', 'as_systems',
            'local_systems', 'model_alone', 'who_answers', 'over_crew', 'judge_of', 'check_who', 'check_run',
-           'list_command', 'run_benchmarks', 'score_command', 'about_judge', 'gather', 'compare_command',
+           'list_command', 'run_benchmarks', 'score_command', 'about_judge', 'Found', 'gather', 'compare_command',
            'published_command', 'submit_command', 'main']
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900003
 from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 import typer
 from fastcore.basics import patch
 from ..cluster import whole_path
@@ -301,21 +302,46 @@ def about_judge(judge: Mapping | None) -> str:
     return f"{who} in words of {judge['wording']} ({judge['prompts']})"
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900061
+class Found(NamedTuple):
+    "A system of a run."
+    run: Path
+    name: str
+    about: dict # what its answers depend on
+    of: dict # task -> scored rows
+
+    def is_twin(self, known) -> bool: # a twin is the same models and settings, and says the same to the same questions
+        return (self.name, self.about) == (known.name, known.about) and all(
+            _counted(rows) == _counted(self.of[t]) for t, rows in known.of.items() if t in self.of)
+
+def _counted(rows: Sequence[Mapping]) -> list:
+    return [(r["question_id"], r["answer"], r["scores"]) for r in rows]
+
+def _systems_of(out: Path, results: Mapping) -> Iterator[Found]:
+    for name, told in results["systems"].items():
+        of = {t: read_samples(out, t, name) for t in results["tasks"]}
+        about = {k: v for k, v in told.items() if k not in ("asked", "judged")}
+        yield Found(out, name, about, {t: rows for t, rows in of.items() if "scores" in rows[0]})
+
+# %% ../../nbs/eval/69_eval_cli.ipynb #e69000b4
+def _called(found: Sequence[Found]) -> dict: # name -> system
+    "Systems by names that differ."
+    names, runs = Counter(f.name for f in found), Counter(r.name for r in {f.run for f in found})
+    def place(run):
+        return run.name if runs[run.name] == 1 else str(run)
+    return {f.name if names[f.name] == 1 else f"{place(f.run)}: {f.name}": f for f in found}
+
 def gather(runs: Sequence[Path]) -> tuple[dict, dict, list]: # systems -> task -> rows; tasks; image folders
-    "All systems of several runs. One that two runs have is called after its run, too."
-    read = {r: read_run(r) for r in runs}
-    names = [s for results in read.values() for s in results["systems"]]
-    systems, tasks, folders = {}, {}, []
-    for out, results in read.items():
+    "All systems of several runs, one that several have once. Different ones of one name are called after their run."
+    found, tasks, folders = [], {}, []
+    for out, results in {r: read_run(r) for r in runs}.items():
         folders.append(out/"images")
         for task, about in results["tasks"].items():
             _same_task(out, task, about, tasks.setdefault(task, about))
             folders += [Path(results.get("data") or ".")/about["images"]] if about["images"] else []
-        for s in results["systems"]:
-            of = {t: read_samples(out, t, s) for t in results["tasks"]}
-            name = s if names.count(s) == 1 else f"{out.name}: {s}"
-            systems[name] = {t: rows for t, rows in of.items() if "scores" in rows[0]}
-    return systems, tasks, list(dict.fromkeys(folders))
+        for system in _systems_of(out, results):
+            twin = next((f for f in found if system.is_twin(f)), None)
+            twin.of.update(system.of) if twin else found.append(system)
+    return {name: f.of for name, f in _called(found).items()}, tasks, list(dict.fromkeys(folders))
 
 # %% ../../nbs/eval/69_eval_cli.ipynb #e6900038
 @app.command("compare")

@@ -229,8 +229,9 @@ def predict(run: Run, task: Task, system, questions: Sequence[Mapping]) -> dict:
 def about_task(task: Task, questions: Sequence[Mapping], unknown: int, parser: str | None) -> dict:
     "What a result says about a task."
     kept = {k: getattr(task, k) for k in ("version", "main", "lower", "neutral", "images", "max_new_tokens", "source")}
-    return kept | dict(parser=parser_of(task, parser if parser in task.parsers else None), without_truth=unknown,
-        questions=len(questions), images_asked_about=len({q["scene"] for q in questions}), prompt=questions[0]["text"])
+    parser = parser_of(task, parser if parser in task.parsers else None)
+    return kept | dict(parser=parser, without_truth=unknown, judged=bool(task.judge), questions=len(questions),
+        images_asked_about=len({q["scene"] for q in questions}), prompt=questions[0]["text"])
 
 # %% ../../nbs/eval/68_eval_runs.ipynb #e6800044
 def run_tasks(
@@ -358,7 +359,8 @@ def results_lines(results: Mapping) -> list[str]:
     for task, about in results["tasks"].items():
         lines.append(_heading(task, about))
         if not results["scores"].get(task):
-            lines.append("  not judged yet; next: tita-eval score RUN --judge URL --judge-model ID")
+            state, judge = ("judged", " --judge URL --judge-model ID") if about.get("judged") else ("scored", "")
+            lines.append(f"  not {state} yet; next: tita-eval score RUN{judge}")
         for system, cells in results["scores"].get(task, {}).items():
             shown = [f"{m} {c['value']:.1f} [{c['low']:.1f}, {c['high']:.1f}]" for m, c in cells.items()
                 if c["value"] is not None and c["low"] is not None]
