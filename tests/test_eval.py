@@ -175,6 +175,60 @@ def test_what_is_given_wrongly(args, told, tmp_path):
     assert told in said and "Traceback" not in said
 
 
+ASKED = [dict(question_id=i, image=None, text="Is there a ball?", answer="yes") for i in range(3)]
+LINES = "".join(json.dumps(r) + "\n" for r in ASKED)
+LAST = json.dumps(ASKED[-1])
+
+
+def changed(**field):
+    return LINES.replace(LAST, json.dumps(ASKED[-1] | field)).encode()
+
+
+@pytest.mark.parametrize("raw", [LINES.encode(), b"\xef\xbb\xbf" + LINES.encode(), LINES.replace("\n", "\r\n").encode(),
+    LINES.replace("\n", "\n\n").encode(), changed(answer=["yes", "yes"])])
+def test_question_files_as_editors_write_them(raw, tmp_path):
+    from tita.eval.tasks import file_task, task_questions
+    (tmp_path/"mine.jsonl").write_bytes(raw)
+    questions, unknown = task_questions(file_task(tmp_path/"mine.jsonl"))
+    assert [q["question_id"] for q in questions] == [0, 1, 2] and not unknown
+
+
+@pytest.mark.parametrize("raw, told", [
+    (LINES.encode() + b'{"question_id": 9, "image": null, "text": "caf\xe9", "answer": "no"}', "mine.jsonl:4: not UTF-8"),
+    (LINES.encode()[:-9], "mine.jsonl:3: not JSON"), (b"[1]", "mine.jsonl:1: a row is a JSON object"),
+    (changed(question_id="0"), "row 3: question_id '0' is there twice"), (changed(question_id=float("nan")), "row 3 has"),
+    (changed(question_id=[1]), "row 3 has the question_id [1]"), (changed(image=7), "row 3 has the image 7"),
+    (changed(text=" "), "row 3 asks ' ', which is no text"), (changed(answer=dict(a=1)), "row 3: an answer is a text"),
+    (b"", "none of 0 questions has a known answer")])
+def test_question_files_that_are_none(raw, told, tmp_path):
+    "Each is told with its row or line, before anybody is asked."
+    from tita.core import TitaError
+    from tita.eval.tasks import file_task, task_questions
+    (tmp_path/"mine.jsonl").write_bytes(raw)
+    with pytest.raises(TitaError) as e:
+        task_questions(file_task(tmp_path/"mine.jsonl"))
+    assert told in str(e.value)
+
+
+@pytest.mark.parametrize("answer", [None, "", float("nan"), []])
+def test_a_row_without_truth_is_left_out_and_counted(answer, tmp_path):
+    from tita.eval.tasks import file_task, task_questions
+    (tmp_path/"mine.jsonl").write_bytes(changed(answer=answer))
+    questions, unknown = task_questions(file_task(tmp_path/"mine.jsonl"))
+    assert [q["question_id"] for q in questions] == [0, 1] and unknown == 1
+
+
+def test_a_task_file_of_another_version(tmp_path):
+    "The same name and ids, and another truth: not scored as the file that was asked, and not compared with it."
+    file, said = tmp_path/"mine.jsonl", tmp_path/"said.jsonl"
+    said.write_text("".join(json.dumps(dict(question_id=i, answer="yes")) + "\n" for i in range(3)))
+    for run, raw in (("old", LINES.encode()), ("new", changed(answer="no"))):
+        file.write_bytes(raw)
+        tita_eval("score", tmp_path/run, "--include", file, "--task", "mine", "--answers", said)
+    assert "run it again" in " ".join(tita_eval("score", tmp_path/"old", "--include", file, code=2).split())
+    assert "run both anew" in " ".join(tita_eval("compare", tmp_path/"old", tmp_path/"new", code=2).split())
+
+
 def test_three_runs_side_by_side(tmp_path):
     "One system of two runs is one row; another one of its name is called by where it lies; what only one has is told."
     from tita.eval.eval_cli import gather

@@ -170,7 +170,8 @@ def comparison_rows(compared: Mapping) -> list[list[str]]:
 
 def comparison_table(compared: Mapping) -> str:
     "The table in Markdown, with what its marks mean."
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *comparison_rows(compared)]
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in comparison_rows(compared)] # names are anybody's
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{comparison_note(compared)}"
 
 # %% ../../nbs/eval/67_comparisons.ipynb #e6700026

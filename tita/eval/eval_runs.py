@@ -317,6 +317,8 @@ def score_run(
 ) -> dict: # what results.json holds
     "Score what a run has in its samples, and write results.json anew."
     results, out = read_run(out), Path(out)
+    if parser and not any(parser in TASKS[t].parsers for t in results["tasks"] if t in TASKS):
+        raise TitaError(f"{out}: none of its tasks ({', '.join(results['tasks'])}) knows the parser {parser!r}")
     results["data"] = str(data) if data else results.get("data")
     for name, about in results["tasks"].items():
         task = _same_version(out, name, about)
@@ -375,6 +377,8 @@ def take_answers(
     name: str, # what their system is called
 ):
     "Answers from elsewhere as a run that is not scored yet. Raises `TitaError` for answers to other questions."
+    if (run.out/"results.json").is_file() and (others := [s for s in read_run(run.out)["systems"] if s != name]):
+        raise TitaError(f"{run.out}: has the results of {others[0]!r}, which would be lost; name another folder")
     questions, unknown = task_questions(task, run.data, run.limit, run.offset)
     rows = read_jsonl(path, ("question_id",))
     join_answers(questions, rows, path)
