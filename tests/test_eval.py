@@ -65,6 +65,25 @@ def test_interrupted_by_a_signal(tmp_path):
     assert "world_caption" in tita_eval("run", "world_caption", "--limit", 5, "--out", tmp_path, "--lam", "0")
 
 
+ABOUT = """
+import json
+from tita.eval.eval_cli import Options, local_systems
+from tita.eval.systems import BASELINES
+options = Options(lam="0,0.3,default", baselines=",".join(BASELINES), best_of=2, sentences=2)
+print(json.dumps({s.name: s.about for s in local_systems(options)}))
+"""
+
+
+def test_what_answers_depend_on_is_the_same_in_another_process():
+    "Or a run that goes on would ask everything again: every baseline and search tells itself without an address."
+    env = os.environ | {"TITA_PROGRESS": "0", "PYTHONPATH": str(ROOT)}
+    one, other = (subprocess.run([sys.executable, "-c", ABOUT], env=env, capture_output=True, text=True).stdout
+        for _ in range(2))
+    told = json.loads(one)
+    assert one == other and len(told) == 4 + 6 + 2 and " at 0x" not in one
+    assert len({json.dumps(about) for about in told.values()}) == len(told)
+
+
 def test_over_an_endpoint(tmp_path):
     "The same face for a server; its failures are told and counted as wrong."
     with StandIn() as server:
@@ -194,9 +213,10 @@ def test_question_files_as_editors_write_them(raw, tmp_path):
 
 
 @pytest.mark.parametrize("raw, told", [
-    (LINES.encode() + b'{"question_id": 9, "image": null, "text": "caf\xe9", "answer": "no"}', "mine.jsonl:4: not UTF-8"),
+    (LINES.encode() + b'{"question_id": 9, "image": null, "text": "caf\xe9"}', "mine.jsonl:4: not UTF-8"),
     (LINES.encode()[:-9], "mine.jsonl:3: not JSON"), (b"[1]", "mine.jsonl:1: a row is a JSON object"),
-    (changed(question_id="0"), "row 3: question_id '0' is there twice"), (changed(question_id=float("nan")), "row 3 has"),
+    (changed(question_id="0"), "row 3: question_id '0' is there twice"),
+    (changed(question_id=float("nan")), "row 3 has the question_id nan"),
     (changed(question_id=[1]), "row 3 has the question_id [1]"), (changed(image=7), "row 3 has the image 7"),
     (changed(text=" "), "row 3 asks ' ', which is no text"), (changed(answer=dict(a=1)), "row 3: an answer is a text"),
     (b"", "none of 0 questions has a known answer")])

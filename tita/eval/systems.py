@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASELINES', 'DISTURBANCE', 'fingerprint', 'System', 'metered', 'Baseline', 'disturbed', 'OtherView', 'other_picture',
            'unsure_gate', 'guide_growing', 'ContrastDecoder', 'best_of', 'Begun', 'Continued', 'Growing', 'continuing',
-           'sentence_search', 'heard_options', 'likeliest', 'decoder_system']
+           'sentence_search', 'heard_options', 'likeliest', 'told', 'guided_how', 'decoder_system']
 
 # %% ../../nbs/eval/64_systems.ipynb #e6400003
 import hashlib, math
@@ -314,6 +314,24 @@ def likeliest(decoder: AlignedDecoder, rows: Iterable[dict], **settings) -> Iter
             yield Said("", str(e), r)
 
 # %% ../../nbs/eval/64_systems.ipynb #e6400031
+def told(setting): # what can be written into a file, and is the same in every process
+    "A setting by its value, a function by its name and what is bound to it."
+    if isinstance(setting, partial):
+        return f"{told(setting.func)} {setting.keywords}"
+    return getattr(setting, "__name__", str(setting)) if callable(setting) else setting
+
+def guided_how(decoder: AlignedDecoder) -> dict:
+    "All that guidance depends on; λ 0 where nothing guides."
+    g = decoder.guidance
+    if not g.active or not (decoder.rewards or g.form == "contrast"):
+        return dict(lam=0)
+    how = {k: told(getattr(g, k)) for k in ("form", "lam", "bound", "gate")}
+    how |= {k: v for k, v in (("plausibility", g.plausibility), ("weights", list(g.weights))) if v not in (0., [1.])}
+    if b := getattr(decoder, "baseline", None):
+        how |= dict(sees=b.sees, grows=b.grows, sure=b.sure, rate=b.lam)
+    return how
+
+# %% ../../nbs/eval/64_systems.ipynb #e64000c2
 def decoder_system(
     name: str, # in tables
     decoder: AlignedDecoder, # guided or not
@@ -322,13 +340,11 @@ def decoder_system(
     **settings, # of `AlignedDecoder.answers`
 ) -> System:
     "A model in this process."
-    g, models = decoder.guidance, dict(base=decoder.base)
-    guided = g.active and (decoder.rewards or g.form == "contrast")
-    if guided or search: # the base alone is the same base, whatever the reward
+    how, models = guided_how(decoder), dict(base=decoder.base)
+    if how["lam"] or search: # the base alone is the same base, whatever the reward
         models |= {f"reward{i or ''}": m for i, m in enumerate(decoder.rewards)}
         models |= {f"reference{i or ''}": m for i, m in enumerate(decoder.references)}
     hashes = {k: fingerprint(m) for k, m in models.items()}
-    how = dict(form=g.form, lam=g.lam, bound=g.bound, gate=str(g.gate) if g.gate else None) if guided else dict(lam=0)
     about = dict(models=hashes, guidance=how, **about) | ({"search": search.__name__} if search else {})
     about |= {k: v for k, v in settings.items() if k != "window"}  # what is read ahead changes no answer
     answers = partial(search, decoder, **settings) if search else answerer(decoder, **settings)
