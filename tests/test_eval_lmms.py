@@ -64,7 +64,8 @@ def test_a_task_of_a_folder(kind, rest, metric, more, asked, tmp_path):
     Dataset.from_list(rows, features=features).to_parquet(tmp_path/"data.parquet")
     (tmp_path/"tasks").mkdir()
     (tmp_path/"tasks/utils.py").write_text(UTILS)
-    (tmp_path/"tasks/world.yaml").write_text(COMMON.format(name="world", data=tmp_path/"data.parquet", kind=kind) + rest)
+    task = COMMON.format(name="world", data=tmp_path/"data.parquet", kind=kind) + rest
+    (tmp_path/"tasks/world.yaml").write_text(task)
     command = ["-m", "lmms_eval", "--model", "tita", "--model_args", "lam=0.3", "--tasks", "world", "--batch_size", "1",
         "--include_path", str(tmp_path/"tasks"), "--output_path", str(tmp_path/"out"), *more]
     env = os.environ | {"HF_HOME": str(tmp_path/"hf")}
