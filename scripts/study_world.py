@@ -133,7 +133,8 @@ def contrasts(view: str) -> list:
 CANDIDATES = dict( # what is compared -> settings to choose from
     aligned=[aligned(settings) for settings in OURS],
     **{name: [Rival(at_rate(name, rate)) for rate in rates] for name, rates in RATES.items()},
-    sft=[Rival("base", "sft", "before", ratio(lam, bound=1.)) for lam in (.5, 1., 2.)],
+    sft=[*(Rival("base", "sft", "", mean(lam)) for lam in (.2, .3, .5)),
+         *(Rival("base", "sft", "before", ratio(lam, bound=1.)) for lam in (.5, 1., 2.))],
     ensemble=[Rival("base", "before", "", mean(lam)) for lam in (.2, .3, .5)],
     vcd=[s for t in (500, 800) for s in contrasts(f"base@{t}")],
     no_image=contrasts("no_image"), mean_image=contrasts("mean_image"))
@@ -296,7 +297,10 @@ def settings_added(now: dict, before: dict) -> dict: # as choose_default.json
 
 def told_added(added: dict) -> str:
     "Which rows are of another commit."
-    return "".join(f" {TITLES[name].capitalize()}: commit {commit or 'unknown':.12}." for name, commit in added.items())
+    commits = {}
+    for name, commit in added.items():
+        commits.setdefault(f"{commit or 'unknown':.12}", []).append(TITLES[name])
+    return "".join(f" Rows of commit {commit}: {', '.join(titles)}." for commit, titles in commits.items())
 
 def choose(args):
     "Settings for everything, and a table of what was tried."
@@ -463,12 +467,16 @@ def rows_added(now: dict, before: dict, seed: int) -> dict: # as of `tested`
         against=before["against"] | {k: now["against"][k] for k in new},
         added=before.get("added", {}) | {k: now["commit"] for k in new})
 
-def test(args):
-    "The frozen settings on test scenes; a seed that was tested with them before keeps its row."
+def frozen_settings(args) -> dict: # as choose_default.json
+    "What `choose` chose."
     path = args.out/"choose_default.json"
     if not path.exists():
         raise TitaError(f"{path}: no settings to test; `python scripts/study_world.py choose` makes them")
-    frozen = json.loads(path.read_text())
+    return json.loads(path.read_text())
+
+def test(args):
+    "The frozen settings on test scenes; a seed that was tested with them before keeps its row."
+    frozen = frozen_settings(args)
     if args.systems:
         before = results_before(args, "study_world.json", scenes=args.scenes, pairs=args.pairs)["seeds"]
     found = in_parallel(partial(tested, chosen=frozen["chosen"]), args)
