@@ -28,7 +28,7 @@ LOSSES = dict(
 TITLES = dict(
     after="**the default: its own pairs, one round**", of_base="pairs from the base's answers",
     more="a second round on its own pairs, other scenes", on_policy="a second round on pairs of the aligned model",
-    base_dpo="DPO of the base, at its chosen rate") | {name: title for name, (title, _) in LOSSES.items()}
+    base_dpo="DPO of the base itself, all weights") | {name: title for name, (title, _) in LOSSES.items()}
 
 def further_pairs(model, out: Path, images: Path, seed: int, args) -> list:
     "Pairs from scenes that the first round did not see."
@@ -37,14 +37,13 @@ def further_pairs(model, out: Path, images: Path, seed: int, args) -> list:
 
 def rewards_of(seed: int, args) -> dict: # name -> model
     "All rewards of a seed, and the base before and after DPO."
-    chosen = world.frozen_settings(args)["chosen"]
-    models = world.models_of(seed, args, chosen)
+    models = world.models_of(seed, args, {world.FIXED["base_dpo"].writes})
     base, before, after = (models[name] for name in ("base", "before", "after"))
     out = args.runs/f"seed{seed}"
     images, rounds = out/"images", out/"rounds"
     dpo = partial(world.trained, images=images, seed=seed)
     own = world.pairs_of(before, out, images, seed, args.pairs)
-    told = dict(base=base, after=after, base_dpo=models[chosen["base_dpo"]["writes"]])
+    told = dict(base=base, after=after, base_dpo=models[world.FIXED["base_dpo"].writes])
     of_base = world.pairs_of(base, rounds/"of_base", images, seed, args.pairs)
     told["of_base"] = dpo(before, of_base, rounds/"of_base"/"after")
     told["more"] = dpo(after, further_pairs(before, rounds/"more", images, seed, args), rounds/"more"/"after")
