@@ -17,7 +17,6 @@ from tita.decode.guidance import OWN
 from tita.eval.metrics import METRICS, bootstrap
 from tita.studies import rivals
 from tita.studies.rivals import Rival
-from tita.studies.stages import further_rows, preference_pairs, probe_rows
 from tita.world.embedded import make_scenes, tiny_processor
 
 LOSSES = dict(
@@ -30,11 +29,6 @@ TITLES = dict(
     more="a second round on its own pairs, other scenes", on_policy="a second round on pairs of the aligned model",
     base_dpo="DPO of the base itself, all weights") | {name: title for name, (title, _) in LOSSES.items()}
 
-def further_pairs(model, out: Path, images: Path, seed: int, args) -> list:
-    "Pairs from scenes that the first round did not see."
-    probe = probe_rows(make_scenes(args.pairs, seed + 100, "train"), images, "second", seed=seed)
-    return preference_pairs(model, tiny_processor(), probe, images, out, seed=seed, further=further_rows)[0]
-
 def rewards_of(seed: int, args) -> dict: # name -> model
     "All rewards of a seed, and the base before and after DPO."
     models = world.models_of(seed, args, {world.FIXED["base_dpo"].writes})
@@ -46,10 +40,10 @@ def rewards_of(seed: int, args) -> dict: # name -> model
     told = dict(base=base, after=after, base_dpo=models[world.FIXED["base_dpo"].writes])
     of_base = world.pairs_of(base, rounds/"of_base", images, seed, args.pairs)
     told["of_base"] = dpo(before, of_base, rounds/"of_base"/"after")
-    told["more"] = dpo(after, further_pairs(before, rounds/"more", images, seed, args), rounds/"more"/"after")
+    more = partial(world.second_round, images=images, seed=seed, scenes=args.pairs)
+    told["more"] = more(before, after, rounds/"more")
     aligned = AlignedDecoder(base, after, tiny_processor(), **OWN)
-    on_policy = further_pairs(aligned, rounds/"on_policy", images, seed, args)
-    told["on_policy"] = dpo(after, on_policy, rounds/"on_policy"/"after")
+    told["on_policy"] = more(aligned, after, rounds/"on_policy")
     for name, (_, settings) in LOSSES.items():
         told[name] = dpo(before, own, rounds/name, **settings)
     return told

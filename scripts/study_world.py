@@ -12,6 +12,7 @@ and default are measured with them, and must come out as they stand. What is com
 nbs/studies/86_rivals.ipynb.
 """
 import argparse, copy, json, os
+from dataclasses import replace
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -19,7 +20,8 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 from tita.core import TitaError, cli, progress, run_info, set_seed, write_json, write_text
-from tita.decode.guidance import ALIKE
+from tita.decode.decoder import AlignedDecoder
+from tita.decode.guidance import ALIKE, OWN
 from tita.eval.metrics import METRICS, bootstrap, verdict_of
 from tita.models import load_vlm
 from tita.studies import rivals
@@ -56,6 +58,12 @@ def pairs_of(model, out: Path, images: Path, seed: int, scenes: int) -> list:
     made = partial(preference_pairs, model, tiny_processor(), probe, images, out, seed=seed, further=further_rows)
     return made()[0]
 
+def second_round(policy, model, out: Path, images: Path, seed: int, scenes: int):
+    "DPO once more, on the answers of `policy` to scenes that the first round did not see."
+    probe = probe_rows(make_scenes(scenes, seed + 100, "train"), images, "second", seed=seed)
+    made = preference_pairs(policy, tiny_processor(), probe, images, out, seed=seed, further=further_rows)
+    return trained(model, made[0], out/"after", images, seed)
+
 def weak_reward(base, out: Path, images: Path, seed: int, scenes: int):
     "A student that hardly learned, before and after DPO on pairs of its own."
     if (out/"after"/"metrics.json").exists():
@@ -71,7 +79,7 @@ def lora():
     from peft import LoraConfig
     return LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
 
-RIVALS = "sft", "base_dpo", "base_lora", "weak"
+RIVALS = "sft", "base_dpo", "base_lora", "weak", "second"
 RATES = dict(base_dpo=(1e-4, 3e-4, 1e-3), base_lora=(3e-4, 1e-3, 3e-3)) # learning rates of DPO of the base: its knob
 
 def at_rate(name: str, rate: float) -> str:
@@ -96,6 +104,12 @@ def models_of(seed: int, args, writers: set | None = None) -> dict: # name -> mo
         adapter = dict(peft_config=lora()) if kind == "base_lora" else {}
         model = dpo(base, out=out/f"{kind}_{rate:g}", learning_rate=rate, **adapter)
         models[name] = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    if "second" in args.rivals:
+        policy = AlignedDecoder(base, models["after"], tiny_processor(), **OWN)
+        more = partial(second_round, images=images, seed=seed, scenes=args.pairs)
+        models["second"] = more(policy, models["after"], out/"rounds"/"on_policy")
+        if once := models.get(FIXED["base_dpo"].writes):
+            models["base_dpo_second"] = more(once, once, out/"rounds"/"base_dpo")
     if "weak" in args.rivals:
         weak = weak_reward(base, out/"weak", images, seed, args.pairs // 3)
         models |= dict(zip(("weak_before", "weak_after"), weak))
@@ -153,7 +167,8 @@ def frozen_systems(chosen: dict) -> dict:
     tuned = {k: Rival(**chosen[k]) for k in CANDIDATES if k in chosen}
     other = {f"{kind}{name}": aligned(how, f"{kind}_") for kind in ("weak", "foreign")
              for name, how in (("", ours), ("_gated", gated(ours)))}
-    return FIXED | tuned | other
+    twice = dict(second=replace(tuned["aligned"], reward="second"), base_dpo_second=Rival("base_dpo_second"))
+    return FIXED | tuned | other | twice
 
 def in_parallel(work, args) -> dict: # seed -> what `work` gives
     "Seeds side by side, each in a process of its own with one thread."
@@ -281,7 +296,7 @@ def results_before(args, name: str, **same) -> dict:
     before = json.loads(path.read_text())
     for k, value in same.items():
         if before[k] != value:
-            raise TitaError(f"{path} was made with --{k.rstrip('s')} {before[k]}, not {value}")
+            raise TitaError(f"{path} was made with --{k.replace('seeds', 'seed')} {before[k]}, not {value}")
     return before
 
 def settings_added(now: dict, before: dict) -> dict: # as choose_default.json
@@ -337,7 +352,7 @@ def tested(seed: int, args, chosen: dict) -> dict: # systems -> cells; cost
     systems = frozen_systems(chosen)
     if args.systems:
         systems = {name: systems[name] for name in ("base", "aligned", *args.systems)}
-    writers = {s.writes for s in systems.values()}
+    writers = {s.writes for s in systems.values()} | {FIXED["base_dpo"].writes}
     models = models_of(seed, args, writers) if args.systems else with_foreign(seed, args, writers)
     bench = rivals.Bench(models, make_scenes(args.scenes, seed, "test"), args.scenes)
     found, cost, systems = {}, {}, {name: s for name, s in systems.items() if s.known_to(models)}
@@ -353,8 +368,11 @@ def tested(seed: int, args, chosen: dict) -> dict: # systems -> cells; cost
 
 TITLES = dict(
     base="the large model alone", before="the small model before DPO", after="the small model after DPO",
-    aligned="**large model, aligned (the default)**", ratio="the same by the ratio, λ 1, bound 1",
+    aligned="**large model, aligned (the default)**",
+    second="the same, its reward after a second round, on pairs of the aligned model",
+    ratio="large model, aligned by the ratio, λ 1, bound 1",
     base_dpo="DPO of the large model, all weights, the reward's learning rate",
+    base_dpo_second="the same after a second round, on pairs of its own",
     base_dpo_tuned="DPO of the large model, all weights, its rate chosen",
     base_lora="DPO of the large model, LoRA, rate 1e-3",
     base_lora_tuned="DPO of the large model, LoRA, its rate chosen",
@@ -518,7 +536,7 @@ def main():
                    help="only these, beside the results that are there: " + ", ".join(TITLES))
     args = p.parse_args()
     if args.systems:
-        args.rivals = [kind for kind in RIVALS if any(name.startswith(kind) for name in args.systems)]
+        args.rivals = [kind for kind in RIVALS if any(kind in name for name in args.systems)]
     torch.set_num_threads(1)
     if args.what == "train":
         for seed in args.seed:
