@@ -94,7 +94,7 @@ def test_study_of_rewards(tmp_path):
 
 @pytest.mark.slow
 def test_study_of_the_world(tmp_path):
-    "Small: settings are chosen, written down and tested, rows added later; no settings, or others, are refused by name."
+    "Small: settings are chosen, written down and tested, rows added; no settings, or others, are refused by name."
     folders = ["--runs", tmp_path/"runs", "--out", tmp_path/"results"]
     small = ["--seed", "0", "1", "--pairs", "6", "--rivals", *folders]
     def study(what, *more):
