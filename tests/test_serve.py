@@ -153,8 +153,9 @@ def test_text_alone_turns_and_several_images(plain):
     assert create(two).usage.prompt_tokens > create(first).usage.prompt_tokens + 20
 
 
-def test_many_at_once_are_as_if_alone():
-    "Models, strengths and lengths mixed, over few slots: no answer is lost or crossed."
+@pytest.mark.parametrize("draft", [0, 4, "auto"])
+def test_many_at_once_are_as_if_alone(draft):
+    "Models, strengths and lengths mixed, over few slots, with drafts and without: no answer is lost or crossed."
     strong = AlignedDecoder(BASE, REWARD, PROCESSOR, form="interpolate", lam=.8, bound=.5, gate="margin:2")
     arm = AlignedDecoder(BASE, REWARD, PROCESSOR, form="arm", lam=.3)
     ways = [("tita", DECODER, {}), ("tita-base", DECODER.alone(), {}),
@@ -162,11 +163,26 @@ def test_many_at_once_are_as_if_alone():
         ("tita", strong, dict(lam=.8, bound=.5, gate="margin:2")), ("tita", arm, dict(form="arm", lam=.3))]
     asked = [(*ways[i % len(ways)], SCENES[i % 4], q.text, 3 + 5 * (i % 4))
         for i, q in enumerate(q for s in SCENES[:3] for q in s.questions[:9])]
-    with server(slots=5) as (client, loop), ThreadPoolExecutor(12) as pool:
+    with server(slots=5, draft=draft) as (client, loop), ThreadPoolExecutor(12) as pool:
         answer = lambda a: ask(client, a[3], a[4], a[0], max_tokens=a[5], **steer(**a[2])).choices[0].message.content
         got = list(pool.map(answer, asked))
     assert got == [own(scene, text, n, decoder).text for _, decoder, _, scene, text, n in asked]
     assert len(set(got)) > 8
+
+
+def test_what_is_told_of_tokens_is_the_same_with_drafts(plain):
+    how = dict(max_tokens=40, logprobs=True, top_logprobs=3, seed=4, n=2) | steer(rewards=True)
+    with server(draft=5) as (client, loop):
+        for model, temperature in (("tita", 0), ("tita-base", 0), ("tita-reward", 0), ("tita", 1.5)):
+            want, got = (ask(c, model=model, temperature=temperature, **how).choices for c in (plain[0], client))
+            assert [c.message.content for c in got] == [c.message.content for c in want]
+            for a, b in zip(want, got):
+                assert [t["changed"] for t in b.tita["tokens"]] == [t["changed"] for t in a.tita["tokens"]]
+                said = ([(t.token, [x.token for x in t.top_logprobs]) for t in c.logprobs.content] for c in (a, b))
+                assert next(said) == next(said)
+                likely = ([t.logprob for t in c.logprobs.content] for c in (a, b))
+                assert next(likely) == pytest.approx(next(likely), abs=1e-3)
+        assert loop.engine.speculated.accepted > 0 and loop.restarts == 0
 
 
 def test_a_warm_image_is_read_once(plain):

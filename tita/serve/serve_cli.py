@@ -152,7 +152,7 @@ def serve(
     seconds: option(float, "that an answer may take, waiting and all", min=.001) = 120.,
     max_tokens: option(int, "of an answer at most", min=1) = 1024,
     warm: option(int, "megabytes of images that stay warm", min=0) = 256,
-    draft: option(str, "tokens that the reward drafts: a number, auto or lazy") = "0",
+    draft: option(str, "tokens that the reward drafts: a number, or auto") = "0",
     page: _Page = False, examples: _Examples = None,
     image_host: option(list[str], "a host that images may be fetched from; may be repeated") = [],
     key_file: option(Path, "API keys, one a line [default: TITA_API_KEYS, or none]") = None,
