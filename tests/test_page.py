@@ -214,6 +214,7 @@ def test_words_tell_what_they_are_worth(chromium):
         page.keyboard.press("ArrowRight")
         assert page.evaluate("document.activeElement.textContent") == second.text_content()
         assert second.text_content().strip() in about.locator("p b").first.text_content()
+        assert about.locator("[data-is-said=true] span").text_content() == second.text_content().strip()
         page.keyboard.press("End")
         assert page.evaluate("document.activeElement.nextElementSibling") is None
 
