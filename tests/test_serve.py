@@ -94,6 +94,7 @@ def test_whole_and_streamed(plain):
     said = choice.logprobs.content
     assert "".join(t.token for t in said).strip() == want.text
     assert all(len(t.top_logprobs) == 3 and t.logprob == t.top_logprobs[0].logprob <= 0 for t in said)
+    assert [t.top_logprobs[0].token for t in said] == [t.token for t in said], "spelled alike, with the space before"
     streamed = dict(stream=True, stream_options=dict(include_usage=True))
     parts = list(ask(client, max_tokens=90, **streamed, **steer(rewards=True)))
     assert parts[0].choices[0].delta.role == "assistant"
@@ -117,6 +118,9 @@ def test_what_a_request_may_say(plain):
     assert texts[0][0] == own(SCENES[1], temperature=1.5, seed=4).text
     assert ask(client, SCENES[1], response_format=dict(type="text"), extra_body=dict(anything=1)).choices
     assert [m.id for m in client.models.list()] == ["tita", "tita-base", "tita-reward"]
+    assert client.models.retrieve("tita-base").id == "tita-base"
+    with pytest.raises(openai.NotFoundError, match="there are tita, tita-base, tita-reward"):
+        client.models.retrieve("gpt-9")
 
 
 def test_usage_with_every_piece(plain):
@@ -147,8 +151,9 @@ def test_text_alone_turns_and_several_images(plain):
     first = messages(SCENES[2])
     turns = [*first, dict(role="assistant", content="a red car ."), dict(role="user", content="What color is the car?")]
     system = [dict(role="system", content="Be brief.")]
-    answers = [create(t).choices[0].message.content for t in (turns, system + turns, turns)]
-    assert answers[0] == answers[2]
+    silent = [first[0], dict(role="assistant", content=None), turns[2]]
+    answers = [create(t).choices[0].message.content for t in (turns, system + turns, turns, silent)]
+    assert answers[0] == answers[2] and all(answers)
     two = [dict(role="user", content=first[0]["content"][:1] + messages(SCENES[3])[0]["content"])]
     assert create(two).usage.prompt_tokens > create(first).usage.prompt_tokens + 20
 
@@ -363,6 +368,19 @@ def test_wrong_bodies(plain, name):
     if reply.status_code != 200:
         error = reply.json()["error"]
         assert error["message"] and {"type", "param", "code"} <= error.keys() and "Traceback" not in reply.text
+
+
+def test_errors_name_the_place_and_the_cure(plain):
+    client, _ = plain
+    part = lambda **part: dict(model="tita", messages=[dict(role="user", content=[part])])
+    for body, why in ((part(type="input_audio"), "messages.0.content.0.type: Input should be 'text' or 'image_url'"),
+            (part(type="image_url", image_url={}), "messages.0.content.0.image_url.url: Field required"),
+            (SAID | dict(stop=[1]), "stop.0: Input should be a valid string"),
+            (SAID | dict(top_logprobs=3), "send logprobs: true")):
+        reply = httpx.post(f"{client.base_url}chat/completions", json=body)
+        assert reply.status_code == 400 and why in reply.json()["error"]["message"]
+    reply = httpx.post(f"{client.base_url}chat/completions", content=json.dumps(SAID))
+    assert reply.status_code == 415 and "Content-Type: application/json" in reply.json()["error"]["message"]
 
 
 def test_no_such_place(plain):
