@@ -40,17 +40,20 @@ def _patient(seconds: float) -> type:
     class Patient(H11Protocol):
         def connection_made(self, transport):
             super().connection_made(transport)
-            self.has_sent = self.was_still = False
+            self.has_moved = self.was_still = False
             self.look = self.loop.call_later(seconds, self._look)
         def data_received(self, data):
-            self.has_sent = True
+            self.has_moved = True
             super().data_received(data)
+        def resume_writing(self): # a slow reader goes on
+            self.has_moved = True
+            super().resume_writing()
         def connection_lost(self, exc):
             self.look.cancel()
             super().connection_lost(exc)
         def _look(self):
             waits = self.cycle is None or self.cycle.response_complete or self.flow.write_paused
-            is_still, self.has_sent = waits and not self.has_sent, False
+            is_still, self.has_moved = waits and not self.has_moved, False
             if is_still and self.was_still:
                 return self.transport.abort()
             self.was_still, self.look = is_still, self.loop.call_later(seconds, self._look)
@@ -85,6 +88,7 @@ def make_server(
     import uvicorn
     place = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18) # else the system takes megabytes that nobody reads
     try:
         place.bind((host, port))
     except OSError as e:
