@@ -260,6 +260,20 @@ def test_time_is_limited_in_place_and_in_the_queue():
     assert heard[0][-1].tokens == own(SCENES[0], n=50, eos=[]).tokens[:len(heard[0]) - 1] and len(heard[1]) == 1
 
 
+def test_a_cancelled_answer_is_over_with_the_next_step():
+    Timed.time = 0.
+    loop = Timed(DECODER, slots=2)
+    made, heard = jobs(loop, 50, 50)
+    loop.submit(made)
+    for _ in range(3):
+        loop.turn_over()
+    steps, written = loop.engine.steps, len(heard[0])
+    loop.cancel(made[0])
+    loop.turn_over()
+    assert loop.engine.steps == steps + 1 and heard[0][-1].stats["finish"] == "cancelled"
+    assert len(heard[0]) == written + 1 and list(loop.running.values()) == made[1:]
+
+
 def test_a_long_answer_waits_for_short_ones_but_not_for_ever():
     Timed.time = 0.
     loop = Timed(DECODER, slots=1, seconds=1e6)
@@ -516,6 +530,8 @@ def test_chat_in_a_terminal(plain, tmp_path):
     assert own(SCENES[0], n=128).text in said and own(SCENES[0], n=128, decoder=DECODER.alone()).text in said
     code, said = typed(serve_cli.chat_app, "--server", "http://127.0.0.1:1/v1", "--message", "hi")
     assert code == 2 and "is it the address" in said
+    code, said = typed(serve_cli.chat_app, tmp_path/"scene.png", *asked, "--lam", 7)
+    assert code == 2 and "it must be from 0 to 1" in said and "is it the address" not in said
 
 
 # Other clients.
