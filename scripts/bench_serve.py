@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """tita-serve under load: 64 clients on the embedded pair, mixed lengths and λ, one in ten gone in mid-answer.
 
-    python scripts/bench_serve.py [--seconds 60] [--clients 64] [--slots 32] [--out results/bench_serve.md]
+    python scripts/bench_serve.py [--seconds 60] [--clients 64] [--slots 32] [--out results/bench_serve]
 
 The server runs in a process of its own, the clients in this one. Every greedy answer that came whole is compared with
-the same question asked alone. What the HTTP layer costs is the CPU time of the server's process while it answers with
-nothing but one token, less what the same rows cost in the engine without HTTP.
+the same question asked alone, and the beginning of one that was left with that answer's. What the HTTP layer costs is
+measured with answers of one token, in two ways: the CPU time of the server's main thread, which does nothing else; and
+that of its whole process, less what the same rows cost in an engine without HTTP.
 """
 import argparse
 import asyncio
@@ -23,7 +24,7 @@ import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tita.core import data_url, run_info, write_text
+from tita.core import data_url, run_info, write_json, write_text
 from tita.world.embedded import make_scenes
 
 SCENES = make_scenes(24, seed=3)
@@ -94,8 +95,9 @@ async def alone(url: str, asked: list[dict]) -> tuple[dict, float]:
     return found, sum(r["tokens"] for r in found.values()) / (time.perf_counter() - start)
 
 
-def cpu(pid: int) -> float: # seconds
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+def cpu(pid: int, task: str = "") -> float: # seconds
+    "Of a process, or of its main thread, which goes by the same number."
+    fields = Path(f"/proc/{pid}/{task}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -103,16 +105,17 @@ def resident(pid: int) -> float: # MB
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
 
 
-async def http_cost(url: str, pid: int, n: int = 400) -> float: # seconds of CPU
-    "Of a request about a warm image for one token, over HTTP, less the same in the engine."
-    body = dict(questions(1)[0], max_tokens=1, tita=dict(lam=.5))
+async def http_cost(url: str, pid: int, n: int = 400) -> tuple[float, float]: # seconds of CPU
+    "Of a request about a warm image for one token: the thread of HTTP; and the process, less the same in an engine."
+    times, body = lambda: (cpu(pid, f"task/{pid}"), cpu(pid)), dict(questions(1)[0], max_tokens=1, tita=dict(lam=.5))
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
         for _ in range(20):
             await ask(client, body)
-        start = cpu(pid)
+        before = times()
         for _ in range(n):
             await ask(client, body)
-    return (cpu(pid) - start) / n - in_the_loop(body, n)
+    thread, process = ((now - then) / n for now, then in zip(times(), before))
+    return thread, process - in_the_loop(body, n)
 
 
 def in_the_loop(body: dict, n: int) -> float:
@@ -147,23 +150,17 @@ def serve(slots: int):
     return p, re.search(r"http://\S+", p.stdout.readline())[0]
 
 
-def report(a, found: dict) -> str:
-    info = run_info(["torch", "transformers", "fastapi", "uvicorn"])
-    rows = "\n".join(f"| {name} | {value} |" for name, value in found.items())
-    how = f"--seconds {a.seconds:g} --clients {a.clients} --slots {a.slots} --questions {a.questions}"
-    command = f"python scripts/bench_serve.py {how}"
-    made_with = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
-    load, lengths = os.getloadavg()[0], ", ".join(map(str, LENGTHS))
-    return f"""# tita-serve under load
-
-Made by `{command}` at commit {str(info['commit'])[:7]} on {info['cpus']} CPU cores ({info['system']}),
-load average {load:.1f} at the end; Python {info['python']}, {made_with}.
-The embedded pair, {len(LAMS)} strengths, answers of {lengths} tokens, one client in ten gone after its first piece.
-
-| what | |
-|---|---|
-{rows}
-"""
+def figures(want: dict, single: float, done: list, seconds: float, sizes: list) -> dict:
+    "What the load has shown."
+    whole = [(i, r) for i, r in done if r["is_whole"]]
+    wrong = [i for i, r in whole if r["text"] != want[i]["text"]]
+    cut = [i for i, r in done if not r["is_whole"] and not want[i]["text"].startswith(r["text"])]
+    first = sorted(r["first"] for _, r in done if r["first"])
+    half = len(sizes) // 2
+    found = dict(whole=len(whole), left=len(done) - len(whole), wrong=len(wrong) + len(cut))
+    found |= dict(tokens_per_second=sum(r["tokens"] for _, r in whole) / seconds, alone_tokens_per_second=single)
+    found |= dict(first_median=statistics.median(first), first_p99=first[int(len(first) * .99)])
+    return found | dict(memory_mb=[max(sizes[:half]), max(sizes[half:])])
 
 
 def measure(a) -> dict:
@@ -172,26 +169,45 @@ def measure(a) -> dict:
         asked = questions(a.questions)
         want, single = asyncio.run(alone(url, asked))
         done, seconds, sizes = asyncio.run(load(url, a.clients, a.seconds, asked, lambda: resident(p.pid)))
-        layer = asyncio.run(http_cost(url, p.pid))
+        thread, less_engine = asyncio.run(http_cost(url, p.pid))
     finally:
         p.terminate()
         p.wait()
-    whole = [(i, r) for i, r in done if r["is_whole"]]
-    wrong = [i for i, r in whole if r["text"] != want[i]["text"]]
-    cut = [i for i, r in done if not r["is_whole"] and not want[i]["text"].startswith(r["text"])]
-    first = sorted(r["first"] for _, r in done if r["first"])
-    rate = sum(r["tokens"] for _, r in whole) / seconds
-    p99, half = first[int(len(first) * .99)], len(sizes) // 2
+    found = figures(want, single, done, seconds, sizes)
+    return found | dict(http_thread_cpu=thread, http_process_cpu=less_engine, exit_code=p.returncode)
+
+
+def table(f: dict) -> dict:
     return {
-        "answers, whole": len(whole), "answers, left in the middle": len(done) - len(whole),
-        "answers that differ from the one asked alone": len(wrong) + len(cut),
-        "tokens/s of whole answers": f"{rate:.0f}", "tokens/s, one at a time": f"{single:.0f}",
-        "ratio (at least 3 wanted)": f"{rate / single:.1f}",
-        "time to first token, median and p99": f"{statistics.median(first):.2f} s, {p99:.2f} s",
-        "p99 / median (below 4 wanted)": f"{p99 / statistics.median(first):.1f}",
-        "server's memory in the two halves, largest": f"{max(sizes[:half]):.0f} MB, {max(sizes[half:]):.0f} MB",
-        "CPU of the HTTP layer a request (below 5 ms wanted)": f"{layer * 1000:.1f} ms",
-        "exit code after SIGTERM": p.returncode}
+        "answers, whole": f["whole"], "answers, left in the middle": f["left"],
+        "answers that differ from the one asked alone": f["wrong"],
+        "tokens/s of whole answers": f"{f['tokens_per_second']:.0f}",
+        "tokens/s, one at a time": f"{f['alone_tokens_per_second']:.0f}",
+        "ratio (at least 3 wanted)": f"{f['tokens_per_second'] / f['alone_tokens_per_second']:.1f}",
+        "time to first token, median and p99": f"{f['first_median']:.2f} s, {f['first_p99']:.2f} s",
+        "p99 / median (below 4 wanted)": f"{f['first_p99'] / f['first_median']:.1f}",
+        "server's memory in the two halves, largest": "{:.0f} MB, {:.0f} MB".format(*f["memory_mb"]),
+        "CPU of the HTTP layer's thread a request (below 5 ms wanted)": f"{f['http_thread_cpu'] * 1000:.1f} ms",
+        "CPU of the process a request, less the engine's": f"{f['http_process_cpu'] * 1000:.1f} ms",
+        "exit code after SIGTERM": f["exit_code"]}
+
+
+def report(a, info: dict, found: dict) -> str:
+    rows = "\n".join(f"| {name} | {value} |" for name, value in table(found).items())
+    how = f"--seconds {a.seconds:g} --clients {a.clients} --slots {a.slots} --questions {a.questions}"
+    made_with = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+    return f"""# tita-serve under load
+
+Made by `python scripts/bench_serve.py {how}` at commit {str(info['commit'])[:7]} on {info['cores']} of
+{info['cpus']} CPU cores, shared by server and clients ({info['system']}), load average {info['load']:.1f} at the end;
+Python {info['python']}, {made_with}.
+The embedded pair, {len(LAMS)} strengths, answers of {', '.join(map(str, LENGTHS))} tokens, one client in ten gone
+after its first piece.
+
+| what | |
+|---|---|
+{rows}
+"""
 
 
 def main():
@@ -200,12 +216,15 @@ def main():
     p.add_argument("--clients", type=int, default=64)
     p.add_argument("--slots", type=int, default=32)
     p.add_argument("--questions", type=int, default=200, help="different ones")
-    p.add_argument("--out", type=Path, help="write the table there")
+    p.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     a = p.parse_args()
-    text = report(a, measure(a))
+    found, info = measure(a), run_info(["torch", "transformers", "fastapi", "uvicorn"])
+    info |= dict(cores=len(os.sched_getaffinity(0)), load=os.getloadavg()[0])
+    text = report(a, info, found)
     print(text)
     if a.out:
-        write_text(a.out, text)
+        write_text(a.out.with_suffix(".md"), text)
+        write_json(a.out.with_suffix(".json"), dict(info=info, figures=found))
 
 
 if __name__ == "__main__":

@@ -214,6 +214,7 @@ def test_words_tell_what_they_are_worth(chromium):
         page.keyboard.press("ArrowRight")
         assert page.evaluate("document.activeElement.textContent") == second.text_content()
         assert second.text_content().strip() in about.locator("p b").first.text_content()
+        assert about.locator("[data-is-said=true] span").text_content() == second.text_content().strip()
         page.keyboard.press("End")
         assert page.evaluate("document.activeElement.nextElementSibling") is None
 
@@ -308,6 +309,31 @@ def test_what_is_asked_while_the_stream_closes_is_answered(chromium):
         answers(page)
         assert page.locator(".tita-turn").count() == 3
         wait_for(lambda: closing.streams == 0)
+
+
+@pytest.mark.slow
+def test_neither_key_nor_question_is_in_the_log(chromium, tmp_path):
+    "Of tita-serve --page as a process, whose end is clean though the page is open."
+    key, word = "sk-canary-51c2f8", "xylophonecanary"
+    command = [sys.executable, "-c", "from tita.serve.serve_cli import main; main()", "--port", "0", "--page"]
+    env = dict(os.environ, PYTHONPATH=str(ROOT), TITA_API_KEYS=key, TITA_PROGRESS="0")
+    with open(tmp_path/"log", "w") as log:
+        p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
+    try:
+        said = [p.stdout.readline() for _ in range(2)]
+        url = said[1].split()[-1]
+        with opened(chromium, url, http_credentials=dict(username="anybody", password=key)) as page:
+            ask(page, f"Is there a {word}?")
+            assert all(answers(page))
+            page.goto(f"{url}?{urlencode(dict(q=word, lam=7))}")
+            page.locator(".tita-error").first.wait_for()
+            p.terminate()
+            assert p.wait() == 0
+    finally:
+        p.kill()
+        p.wait()
+    text = "".join(said) + p.stdout.read() + (tmp_path/"log").read_text()
+    assert '"event": "request"' in text and key not in text and word not in text
 
 
 @pytest.mark.slow

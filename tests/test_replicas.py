@@ -1,14 +1,16 @@
 "What carries the server elsewhere: the container, Kubernetes, Slurm, and two replicas on Ray Serve."
 import importlib.util
+import inspect
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from configparser import ConfigParser
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -75,6 +77,7 @@ def test_ray_yaml_names_what_there_is():
     options = (HERE/"ray.yaml").read_text().partition("args:")[2].partition("deployments")[0]
     settings_of(dict.fromkeys(re.findall(r"# (\w+): /?\w+", options)))
     assert {d["name"] for d in config["deployments"]} == {"Replica", "Entrance"}
+    assert len(inspect.signature(application).parameters) == 1, "Ray calls it with `args`, and nothing else"
 
 
 @pytest.mark.slow
@@ -90,7 +93,8 @@ def test_two_replicas_answer_like_one_and_keep_their_images(tmp_path):
     assert told["status"] == [400, 200]
     hits = [h for h, q in told["warm"]]
     assert len(told["warm"]) == 2 and all(q > 0 for _, q in told["warm"]), "each replica has images of its own"
-    assert sum(q for _, q in told["warm"]) - sum(hits) == told["images"], "no image was read twice"
+    assert sum(q for _, q in told["warm"]) == len(told["said"]), "all were counted"
+    assert sum(hits) == len(told["said"]) - told["images"], "no image was read twice: the same goes to the same replica"
     assert told["without"] == told["alone"], "when one replica dies, the other answers in its place"
     assert told["again"] == told["alone"], "and so do both when a new one has taken its place"
 
@@ -128,6 +132,33 @@ def is_up(url: str) -> bool:
     return False
 
 
+def write_yaml(to: Path) -> Path:
+    "The file of the repository, with a port of its own, and no more than two replicas."
+    config = yaml.safe_load((HERE/"ray.yaml").read_text())
+    config["http_options"] = dict(host="127.0.0.1", port=PORT)
+    app = config["applications"][0]
+    app["args"] = dict(slots=4, lam=.5)
+    app["deployments"][0]["autoscaling_config"]["max_replicas"] = 2
+    to.write_text(yaml.safe_dump(config))
+    return to
+
+
+@contextmanager
+def served(address: str, config: Path):
+    "As somebody serves it: `serve run FILE`, and Ctrl-C."
+    with open(config.with_suffix(".log"), "w+") as log:
+        command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", address, str(config)]
+        p = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            while not is_up(f"http://127.0.0.1:{PORT}/health"):
+                assert p.poll() is None, config.with_suffix(".log").read_text()[-3000:]
+                time.sleep(1)
+            yield
+        finally:
+            p.send_signal(signal.SIGINT)
+            p.wait()
+
+
 def run_on_ray(out: Path):
     import openai
     import ray
@@ -135,11 +166,8 @@ def run_on_ray(out: Path):
     from tita.decode.ask import load_decoder
     from tita.world.embedded import make_scenes
     scenes, decoder = make_scenes(8, seed=11), load_decoder(lam=.5)
-    with suppress(TimeoutError): # after 60 s; what was begun goes on
-        serve.start(http_options=dict(host="127.0.0.1", port=PORT))
-    serve.run(application(dict(slots=4, lam=.5), replicas=2), name="tita")
     handle = serve.get_deployment_handle("Replica", "tita")
-    while not is_up(f"http://127.0.0.1:{PORT}/health"):
+    while not are_whole():
         time.sleep(1)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", max_retries=0)
     asked = [(s, q) for q in ("Describe the image.", "Is there a car in the image?") for s in scenes]
@@ -159,7 +187,8 @@ def run_on_ray(out: Path):
     while any(v["tita:num_requests_running"] for v in counted(handle).values()):
         time.sleep(.1)
     root = f"http://127.0.0.1:{PORT}"
-    damaged = httpx.post(f"{root}/v1/chat/completions", content=b"{oops")
+    as_json = {"content-type": "application/json"}
+    damaged = httpx.post(f"{root}/v1/chat/completions", content=b"{oops", headers=as_json)
     health = httpx.get(f"{root}/health")
     status = [damaged.status_code, health.status_code]
     before = replica_names()
@@ -171,10 +200,10 @@ def run_on_ray(out: Path):
     told = dict(said=said, alone=alone, streamed=streamed, warm=warm, images=len(scenes), status=status)
     told |= dict(without=without, again=again)
     out.write_text(json.dumps(told))
-    serve.shutdown()
 
 
 if __name__ == "__main__":
     import ray
-    with ray_head(PORT + 1) as (_, address), ray.init(address=address):
+    file = write_yaml(Path(sys.argv[1]).with_suffix(".yaml"))
+    with ray_head(PORT + 1) as (_, address), served(address, file), ray.init(address=address):
         run_on_ray(Path(sys.argv[1]))

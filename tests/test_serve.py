@@ -94,6 +94,7 @@ def test_whole_and_streamed(plain):
     said = choice.logprobs.content
     assert "".join(t.token for t in said).strip() == want.text
     assert all(len(t.top_logprobs) == 3 and t.logprob == t.top_logprobs[0].logprob <= 0 for t in said)
+    assert [t.top_logprobs[0].token for t in said] == [t.token for t in said], "spelled alike, with the space before"
     streamed = dict(stream=True, stream_options=dict(include_usage=True))
     parts = list(ask(client, max_tokens=90, **streamed, **steer(rewards=True)))
     assert parts[0].choices[0].delta.role == "assistant"
@@ -117,6 +118,9 @@ def test_what_a_request_may_say(plain):
     assert texts[0][0] == own(SCENES[1], temperature=1.5, seed=4).text
     assert ask(client, SCENES[1], response_format=dict(type="text"), extra_body=dict(anything=1)).choices
     assert [m.id for m in client.models.list()] == ["tita", "tita-base", "tita-reward"]
+    assert client.models.retrieve("tita-base").id == "tita-base"
+    with pytest.raises(openai.NotFoundError, match="there are tita, tita-base, tita-reward"):
+        client.models.retrieve("gpt-9")
 
 
 def test_usage_with_every_piece(plain):
@@ -147,14 +151,16 @@ def test_text_alone_turns_and_several_images(plain):
     first = messages(SCENES[2])
     turns = [*first, dict(role="assistant", content="a red car ."), dict(role="user", content="What color is the car?")]
     system = [dict(role="system", content="Be brief.")]
-    answers = [create(t).choices[0].message.content for t in (turns, system + turns, turns)]
-    assert answers[0] == answers[2]
+    silent = [first[0], dict(role="assistant", content=None), turns[2]]
+    answers = [create(t).choices[0].message.content for t in (turns, system + turns, turns, silent)]
+    assert answers[0] == answers[2] and all(answers)
     two = [dict(role="user", content=first[0]["content"][:1] + messages(SCENES[3])[0]["content"])]
     assert create(two).usage.prompt_tokens > create(first).usage.prompt_tokens + 20
 
 
-def test_many_at_once_are_as_if_alone():
-    "Models, strengths and lengths mixed, over few slots: no answer is lost or crossed."
+@pytest.mark.parametrize("draft", [0, 4, "auto"])
+def test_many_at_once_are_as_if_alone(draft):
+    "Models, strengths and lengths mixed, over few slots, with drafts and without: no answer is lost or crossed."
     strong = AlignedDecoder(BASE, REWARD, PROCESSOR, form="interpolate", lam=.8, bound=.5, gate="margin:2")
     arm = AlignedDecoder(BASE, REWARD, PROCESSOR, form="arm", lam=.3)
     ways = [("tita", DECODER, {}), ("tita-base", DECODER.alone(), {}),
@@ -162,11 +168,26 @@ def test_many_at_once_are_as_if_alone():
         ("tita", strong, dict(lam=.8, bound=.5, gate="margin:2")), ("tita", arm, dict(form="arm", lam=.3))]
     asked = [(*ways[i % len(ways)], SCENES[i % 4], q.text, 3 + 5 * (i % 4))
         for i, q in enumerate(q for s in SCENES[:3] for q in s.questions[:9])]
-    with server(slots=5) as (client, loop), ThreadPoolExecutor(12) as pool:
+    with server(slots=5, draft=draft) as (client, loop), ThreadPoolExecutor(12) as pool:
         answer = lambda a: ask(client, a[3], a[4], a[0], max_tokens=a[5], **steer(**a[2])).choices[0].message.content
         got = list(pool.map(answer, asked))
     assert got == [own(scene, text, n, decoder).text for _, decoder, _, scene, text, n in asked]
     assert len(set(got)) > 8
+
+
+def test_what_is_told_of_tokens_is_the_same_with_drafts(plain):
+    how = dict(max_tokens=40, logprobs=True, top_logprobs=3, seed=4, n=2) | steer(rewards=True)
+    with server(draft=5) as (client, loop):
+        for model, temperature in (("tita", 0), ("tita-base", 0), ("tita-reward", 0), ("tita", 1.5)):
+            want, got = (ask(c, model=model, temperature=temperature, **how).choices for c in (plain[0], client))
+            assert [c.message.content for c in got] == [c.message.content for c in want]
+            for a, b in zip(want, got):
+                assert [t["changed"] for t in b.tita["tokens"]] == [t["changed"] for t in a.tita["tokens"]]
+                said = ([(t.token, [x.token for x in t.top_logprobs]) for t in c.logprobs.content] for c in (a, b))
+                assert next(said) == next(said)
+                likely = ([t.logprob for t in c.logprobs.content] for c in (a, b))
+                assert next(likely) == pytest.approx(next(likely), abs=1e-3)
+        assert loop.engine.speculated.accepted > 0 and loop.restarts == 0
 
 
 def test_a_warm_image_is_read_once(plain):
@@ -237,6 +258,20 @@ def test_time_is_limited_in_place_and_in_the_queue():
     loop.turn_over()
     assert [h[-1].stats["finish"] for h in heard] == ["deadline"] * 2
     assert heard[0][-1].tokens == own(SCENES[0], n=50, eos=[]).tokens[:len(heard[0]) - 1] and len(heard[1]) == 1
+
+
+def test_a_cancelled_answer_is_over_with_the_next_step():
+    Timed.time = 0.
+    loop = Timed(DECODER, slots=2)
+    made, heard = jobs(loop, 50, 50)
+    loop.submit(made)
+    for _ in range(3):
+        loop.turn_over()
+    steps, written = loop.engine.steps, len(heard[0])
+    loop.cancel(made[0])
+    loop.turn_over()
+    assert loop.engine.steps == steps + 1 and heard[0][-1].stats["finish"] == "cancelled"
+    assert len(heard[0]) == written + 1 and list(loop.running.values()) == made[1:]
 
 
 def test_a_long_answer_waits_for_short_ones_but_not_for_ever():
@@ -347,6 +382,19 @@ def test_wrong_bodies(plain, name):
     if reply.status_code != 200:
         error = reply.json()["error"]
         assert error["message"] and {"type", "param", "code"} <= error.keys() and "Traceback" not in reply.text
+
+
+def test_errors_name_the_place_and_the_cure(plain):
+    client, _ = plain
+    part = lambda **part: dict(model="tita", messages=[dict(role="user", content=[part])])
+    for body, why in ((part(type="input_audio"), "messages.0.content.0.type: Input should be 'text' or 'image_url'"),
+            (part(type="image_url", image_url={}), "messages.0.content.0.image_url.url: Field required"),
+            (SAID | dict(stop=[1]), "stop.0: Input should be a valid string"),
+            (SAID | dict(top_logprobs=3), "send logprobs: true")):
+        reply = httpx.post(f"{client.base_url}chat/completions", json=body)
+        assert reply.status_code == 400 and why in reply.json()["error"]["message"]
+    reply = httpx.post(f"{client.base_url}chat/completions", content=json.dumps(SAID))
+    assert reply.status_code == 415 and "Content-Type: application/json" in reply.json()["error"]["message"]
 
 
 def test_no_such_place(plain):
@@ -482,6 +530,8 @@ def test_chat_in_a_terminal(plain, tmp_path):
     assert own(SCENES[0], n=128).text in said and own(SCENES[0], n=128, decoder=DECODER.alone()).text in said
     code, said = typed(serve_cli.chat_app, "--server", "http://127.0.0.1:1/v1", "--message", "hi")
     assert code == 2 and "is it the address" in said
+    code, said = typed(serve_cli.chat_app, tmp_path/"scene.png", *asked, "--lam", 7)
+    assert code == 2 and "it must be from 0 to 1" in said and "is it the address" not in said
 
 
 # Other clients.
@@ -502,23 +552,44 @@ def test_bench(plain, tmp_path):
     assert len(said) == 6 and all(row["success"] for row in said)
 
 
-@pytest.mark.slow
-def test_a_slow_reader_ends_and_harms_nobody():
+def ask_for_much(client):
+    "A connection on which several megabytes are coming, more than systems keep for one that does not read."
     body = json.dumps(dict(model="tita", messages=messages(SCENES[0]), max_tokens=400, ignore_eos=True, stream=True,
-        n=8,
-        logprobs=True, top_logprobs=20)).encode()
+        n=8, logprobs=True, top_logprobs=20)).encode()
+    s = connect(client)
+    s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n" % len(body) + body)
+    return s
+
+
+def read_on(s, pause=0.):
+    "What comes, until the connection or the answer ends."
+    said = b""
+    with suppress(ConnectionError):
+        while not said.endswith(b"0\r\n\r\n") and (part := s.recv(32768)):
+            said += part
+            time.sleep(pause)
+    return said
+
+
+@pytest.mark.slow
+def test_who_does_not_read_is_let_go_and_harms_nobody():
     with server(patience=.5) as (client, loop):
-        s = connect(client)
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-            b"content-length: %d\r\n\r\n" % len(body) + body)
+        s = ask_for_much(client)
         wait_until(lambda: loop.running)
         assert ask(client).choices[0].message.content == own(SCENES[0]).text
         wait_until(lambda: not loop.running)
-        with pytest.raises(ConnectionError):
-            while s.recv(65536):
-                time.sleep(.001)
-            raise ConnectionError("ended before all was sent")
+        time.sleep(2)
+        said = read_on(s)
+        assert len(said) > 100_000 and b"[DONE]" not in said
+
+
+@pytest.mark.slow
+def test_who_reads_slowly_gets_all():
+    with server(patience=.3) as (client, loop):
+        s, start = ask_for_much(client), time.monotonic()
+        said = read_on(s, pause=.02)
+        assert said.count(b"[DONE]") == 1 and time.monotonic() - start > 10 * .3
 
 
 @pytest.mark.slow

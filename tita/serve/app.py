@@ -77,12 +77,17 @@ class Service:
 
 # %% ../../nbs/serve/78_app.ipynb #78a00027
 @patch
+def known(self: Service, name: str) -> str:
+    "The name of a model that is served. Raises `ApiError` for another."
+    if name in self.models:
+        return name
+    there_are = ", ".join(self.models)
+    raise ApiError(404, f"there is no such model; there are {there_are}", param="model", code="model_not_found")
+
+@patch
 def guidance(self: Service, chat: Chat) -> Guidance | None:
     "How this request is guided; of a base only the form is its own, which says what its tokens are worth."
-    if chat.model not in self.models:
-        known = ", ".join(self.models)
-        raise ApiError(404, f"there is no such model; there are {known}", param="model", code="model_not_found")
-    own, asked = self.models[chat.model], chat.tita or Steer()
+    own, asked = self.models[self.known(chat.model)], chat.tita or Steer()
     self._check_draft(asked.draft)
     if own is None:
         return None
@@ -94,6 +99,7 @@ def guidance(self: Service, chat: Chat) -> Guidance | None:
             f"there are {', '.join(self.forms)}", param="tita")
     return replace(own, **given)
 
+# %% ../../nbs/serve/78_app.ipynb #78a00088
 @patch
 def _check_draft(self: Service, draft: int | str | None):
     if draft is None:
@@ -338,11 +344,18 @@ def _limited(self: Doorkeeper, receive):
         return message
     return limited
 
-def _explained(e: RequestValidationError) -> ApiError:
-    "The first thing that is wrong with a body, without what was sent."
-    first = e.errors()[0]
-    place = ".".join(str(p) for p in first["loc"] if p != "body")
+# %% ../../nbs/serve/78_app.ipynb #78a00089
+def _explained(e: RequestValidationError, content_type: str) -> ApiError:
+    "What is wrong with a body, at the deepest place, without what was sent."
+    if "json" not in content_type:
+        return ApiError(415, "the body is not read as JSON; send the header Content-Type: application/json")
+    first = max(e.errors(), key=lambda error: len(error["loc"]))
+    place = ".".join(str(part) for part in first["loc"] if _is_place(part))
     return ApiError(400, f"{place or 'the body'}: {first['msg']}", param=place or None)
+
+def _is_place(part: str | int) -> bool:
+    "Not the name of one of the types that a field may have."
+    return isinstance(part, int) or part.isidentifier() and part not in ("body", "str", "int", "ImageUrl")
 
 # %% ../../nbs/serve/78_app.ipynb #78a00038
 def create_app(
@@ -372,11 +385,12 @@ def _handle_errors(app: FastAPI):
     "All errors in one shape."
     @app.exception_handler(RequestValidationError)
     async def invalid(request, e):
-        return _told(_explained(e))
+        return _told(_explained(e, request.headers.get("content-type", "")))
     @app.exception_handler(AnyHTTPException)
     async def refused(request, e):
         return _told(e if isinstance(e, ApiError) else ApiError(e.status_code, str(e.detail)))
 
+# %% ../../nbs/serve/78_app.ipynb #78a00091
 def _add_routes(app: FastAPI, service: Service):
     told = lambda id: dict(id=id, object="model", created=service.born, owned_by="tita")
     @app.post("/v1/chat/completions")
@@ -385,6 +399,9 @@ def _add_routes(app: FastAPI, service: Service):
     @app.get("/v1/models")
     async def models():
         return dict(object="list", data=[told(m) for m in service.models])
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str):
+        return told(service.known(name))
     @app.get("/health")
     async def health():
         wrong = service.loop.health()

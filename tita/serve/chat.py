@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FINISH', 'ImageUrl', 'ContentPart', 'Message', 'StreamOptions', 'Steer', 'Chat', 'ApiError', 'refuse_unhonoured',
-           'Limits', 'load_image', 'Asked', 'take_apart', 'Choice', 'error_of', 'usage_of']
+           'Limits', 'load_image', 'Asked', 'take_apart', 'Piece', 'Choice', 'added_text', 'error_of', 'usage_of']
 
 # %% ../../nbs/serve/77_chat.ipynb #77a00004
 import asyncio, base64, contextlib, hashlib, io, json
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 from urllib.parse import urlsplit
 from fastapi import HTTPException
 from fastcore.basics import patch
@@ -34,7 +34,7 @@ class ContentPart(BaseModel):
 class Message(BaseModel):
     "One turn of a conversation."
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: str | list[ContentPart] | None = None
 
 # %% ../../nbs/serve/77_chat.ipynb #77a00070
 class StreamOptions(BaseModel):
@@ -94,6 +94,8 @@ def refuse_unhonoured(chat: Chat):
     for name, value in asked.items():
         if value:
             raise ApiError(400, f"{name} is not honoured here; leave it out", param=name)
+    if chat.top_logprobs and not chat.logprobs:
+        raise ApiError(400, "top_logprobs comes with logprobs; send logprobs: true, too", param="top_logprobs")
 
 # %% ../../nbs/serve/77_chat.ipynb #77a00012
 @dataclass
@@ -115,7 +117,7 @@ def _decoded(url: str) -> bytes:
     if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
         raise ApiError(400, "an image must be a data URL (data:image/png;base64,...)", param="messages")
     try:
-        return base64.b64decode(body, validate=True)
+        return base64.b64decode("".join(body.split()), validate=True) # some encoders break lines
     except ValueError:
         raise ApiError(400, "the image's base64 is damaged", param="messages") from None
 
@@ -182,8 +184,8 @@ class Asked:
 
 def _parts(message: Message) -> list[dict]:
     "Content as templates read it; an image carries its address."
-    if isinstance(message.content, str):
-        return [dict(type="text", text=whole_text(message.content))]
+    if message.content is None or isinstance(message.content, str):
+        return [dict(type="text", text=whole_text(message.content or ""))]
     parts = []
     for p in message.content:
         url = p.image_url.url if isinstance(p.image_url, ImageUrl) else p.image_url
@@ -217,6 +219,12 @@ def take_apart(messages: list[Message], limits: Limits) -> Asked:
 # %% ../../nbs/serve/77_chat.ipynb #77a00021
 FINISH = dict(eos="stop", stop="stop", length="length", deadline="length", cancelled="length")
 
+class Piece(NamedTuple):
+    "A token of an answer as text."
+    text: str # what it adds
+    said: SaidToken
+    before: list # of the answer's tokens the one before it; empty for the first
+
 class Choice:
     "One of the answers of a request, as far as it has come."
     def __init__(self, index: int, job: Awaited, tokenizer, rewards: bool):
@@ -224,42 +232,51 @@ class Choice:
         self.tokenizer = tokenizer
         self.text, self.sent, self.output = Text(tokenizer), "", None
 
-    def take(self, events: list) -> tuple[str, list]: # the text that is new, and its tokens
+    def take(self, events: list) -> tuple[str, list[Piece]]: # the text that is new, and its tokens
         "Read on."
         pieces = []
         for said in events:
             if isinstance(said, Output):
                 self.output = said
             elif said.token not in self.job.sampling.eos:
-                length = len(self.text.text)
+                length, before = len(self.text.text), self.text.tokens[-1:]
                 self.text.add([said.token])
-                pieces.append((self.text.text[length:], said))
+                pieces.append(Piece(self.text.text[length:], said, before))
         now = self.output.text if self.output else self.text.sure(self.job.sampling.stop)
         new, self.sent = now[len(self.sent):], max(now, self.sent, key=len)
         return new, pieces
 
 # %% ../../nbs/serve/77_chat.ipynb #77a00022
 @patch
-def more(self: Choice, pieces: list) -> dict:
+def more(self: Choice, pieces: list[Piece]) -> dict:
     "What stands beside the text of these tokens."
     out = dict(logprobs=None)
     if self.job.top is not None:
-        out["logprobs"] = dict(content=[self._logprob(*p) for p in pieces], refusal=None)
+        out["logprobs"] = dict(content=[self._logprob(p) for p in pieces], refusal=None)
     if self.rewards:
-        tokens = [dict(text=t, reward=round(s.reward, 4), changed=s.token != s.base) for t, s in pieces]
+        tokens = [dict(text=t, reward=round(s.reward, 4), changed=s.token != s.base) for t, s, _ in pieces]
         out["tita"] = dict(tokens=tokens)
     return out
-
-@patch
-def _logprob(self: Choice, piece: str, said: SaidToken) -> dict:
-    def entry(text, logprob):
-        return dict(token=text, logprob=max(logprob, -9999.), bytes=list(text.encode()))
-    top = [entry(self.tokenizer.decode([t]), p) for t, p in said.top]
-    return dict(entry(piece, said.logprob), top_logprobs=top)
 
 @patch(as_prop=True)
 def finish(self: Choice) -> str:
     return FINISH[self.output.stats["finish"]]
+
+# %% ../../nbs/serve/77_chat.ipynb #77a00024
+@patch
+def _logprob(self: Choice, piece: Piece) -> dict:
+    def entry(text, logprob):
+        return dict(token=text, logprob=max(logprob, -9999.), bytes=list(text.encode()))
+    top = [entry(added_text(self.tokenizer, piece.before, t), p) for t, p in piece.said.top]
+    return dict(entry(piece.text, piece.said.logprob), top_logprobs=top)
+
+def added_text(
+    tokenizer,
+    before: list[int], # the token before it, or none
+    token: int,
+) -> str:
+    "What a token would add to the text: most tokenizers drop the space before a word that stands alone."
+    return tokenizer.decode([*before, token])[len(tokenizer.decode(before)):]
 
 # %% ../../nbs/serve/77_chat.ipynb #77a00023
 def error_of(output: Output, job: Awaited) -> ApiError | None:

@@ -30,12 +30,12 @@ class SaidToken(NamedTuple):
 
 @dataclass(eq=False)
 class Seat:
-    "How one row is guided, and what the last step said about it."
+    "How one row is guided, and what the newest step has said about it."
     guidance: Guidance | None # None: the reward answers alone
     top: int | None = None # how many alternatives are told with each log-probability; None: neither
-    scores: Tensor | None = None # (J, V) of the last step, if log-probabilities are wanted
-    base: list = () # (J) the base's own choices
-    told: int = 0 # tokens of the last step that have been told
+    scores: list = field(default_factory=list) # of the step's tokens, (V) each, if log-probabilities are wanted
+    base: list = field(default_factory=list) # the base's own choices for them
+    told: int = 0 # of them
 
     def __post_init__(self):
         g = self.guidance
@@ -44,7 +44,7 @@ class Seat:
 # %% ../../nbs/serve/76_loop.ipynb #76a00009
 @patch
 def said(self: Seat, token: int, reward: float) -> SaidToken:
-    "The next token of the last step."
+    "The next token of the step."
     j = self.told
     self.told += 1
     if self.top is None:
@@ -96,12 +96,19 @@ def _reward_alone(self: Mixed, base, rewards, references) -> tuple[Tensor, Tenso
 
 @patch
 def _note(self: Mixed, seats: list[Seat], base: Tensor, scores: Tensor):
-    "What `said` will tell."
+    "What `said` will tell: after what the step has said of these rows before."
     choices = base.argmax(-1).view(len(seats), -1).tolist()
     for i, seat in enumerate(seats):
-        seat.base, seat.told = choices[i], 0
+        seat.base += choices[i]
         if seat.top is not None:
-            seat.scores = scores[i].reshape(-1, scores.shape[-1])
+            seat.scores += scores[i].view(-1, scores.shape[-1])
+
+# %% ../../nbs/serve/76_loop.ipynb #76a00047
+@patch
+def begin_step(self: Mixed):
+    "What is not told by now was said of drafts that did not stand."
+    for seat in self.seats.values():
+        seat.base, seat.scores, seat.told = [], [], 0
 
 # %% ../../nbs/serve/76_loop.ipynb #76a00016
 class Warm:
@@ -188,7 +195,7 @@ class Loop:
         most: int = 256, # jobs that may wait
         seconds: float = 120., # that a job may take
         warm: int = 64 << 20, # bytes of images that stay
-        draft: int | str = 0, # see `AlignedDecoder.generate`
+        draft: int | str = 0, # tokens that the reward drafts, or "auto", see `AlignedDecoder.generate`
         stuck_after: float = 60., # seconds that a step may take before the loop is said to be stuck
         carry: Callable | None = None, # brings a list of (job, events) to those who hear; None: calls them here
         over: Callable = lambda job, output: None, # called with each job that is over
@@ -212,6 +219,8 @@ def hand_over(batch: list): # of jobs and what they hear
 
 @patch
 def _make_engine(self: Loop):
+    if self.draft == "lazy":
+        raise TitaError("draft='lazy' needs one bound for all rows, and here each has its own; take 'auto' or a number")
     self.engine = self.decoder.engine(self.slots, refill=0, draft=self.draft)
     if len(self.engine.experts) < 2:
         raise TitaError("nothing guides this decoder; name a reward, and a λ above 0")
@@ -297,6 +306,7 @@ def _end(self: Loop, job: Awaited, output: Output):
 @patch
 def _step(self: Loop, rows: list[Row]):
     self.engine.submit(rows)
+    self.engine.guidance.begin_step()
     start = self.now()
     try:
         over = self.engine.step()

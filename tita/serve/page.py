@@ -37,7 +37,7 @@ async def _follow(service: Service, body: dict, inbox: asyncio.Queue):
         exchange = Exchange(service, Chat(**body, stream=True, logprobs=True, top_logprobs=5))
         await exchange.begin(_ClientThatStays())
         async for _, _, pieces in exchange.news():
-            tell([word_of(*piece, service.tokenizer) for piece in pieces])
+            tell([word_of(piece.text, piece.said, service.tokenizer) for piece in pieces])
     except ValidationError as e:
         tell(ApiError(400, f"{e.errors()[0]['loc'][-1]}: {e.errors()[0]['msg']}"))
     except Exception as e:

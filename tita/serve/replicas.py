@@ -139,15 +139,13 @@ class Entrance:
 # %% ../../nbs/serve/95_replicas.ipynb #89c00023
 def application(
     options: dict, # as of `tita-serve`
-    replicas: int | None = None, # None: what the YAML says, else one
 ):
-    "Ray Serve's application. Raises `TitaError` for an option that `tita-serve` does not have."
+    "Ray Serve's application, for a YAML. Raises `TitaError` for an option that `tita-serve` does not have."
     from ray import serve as ray_serve
     from ray.serve.config import RequestRouterConfig
     o = settings_of(options)
     sticky = RequestRouterConfig(request_router_class="tita.serve.replicas.Sticky")
     how = dict(request_router_config=sticky, max_ongoing_requests=o.slots + o.queue)
-    how |= dict(num_replicas=replicas) if replicas else {}
     replica = ray_serve.deployment(Replica, name="Replica", **how)
     entrance = ray_serve.deployment(Entrance, name="Entrance", max_ongoing_requests=4096,
         ray_actor_options=dict(num_cpus=0)) # it computes nothing, and a core of its own may never become free

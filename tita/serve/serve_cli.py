@@ -40,17 +40,20 @@ def _patient(seconds: float) -> type:
     class Patient(H11Protocol):
         def connection_made(self, transport):
             super().connection_made(transport)
-            self.has_sent = self.was_still = False
+            self.has_moved = self.was_still = False
             self.look = self.loop.call_later(seconds, self._look)
         def data_received(self, data):
-            self.has_sent = True
+            self.has_moved = True
             super().data_received(data)
+        def resume_writing(self): # a slow reader goes on
+            self.has_moved = True
+            super().resume_writing()
         def connection_lost(self, exc):
             self.look.cancel()
             super().connection_lost(exc)
         def _look(self):
             waits = self.cycle is None or self.cycle.response_complete or self.flow.write_paused
-            is_still, self.has_sent = waits and not self.has_sent, False
+            is_still, self.has_moved = waits and not self.has_moved, False
             if is_still and self.was_still:
                 return self.transport.abort()
             self.was_still, self.look = is_still, self.loop.call_later(seconds, self._look)
@@ -85,6 +88,7 @@ def make_server(
     import uvicorn
     place = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18) # else the system takes megabytes that nobody reads
     try:
         place.bind((host, port))
     except OSError as e:
@@ -152,7 +156,7 @@ def serve(
     seconds: option(float, "that an answer may take, waiting and all", min=.001) = 120.,
     max_tokens: option(int, "of an answer at most", min=1) = 1024,
     warm: option(int, "megabytes of images that stay warm", min=0) = 256,
-    draft: option(str, "tokens that the reward drafts: a number, auto or lazy") = "0",
+    draft: option(str, "tokens that the reward drafts: a number, or auto") = "0",
     page: _Page = False, examples: _Examples = None,
     image_host: option(list[str], "a host that images may be fetched from; may be repeated") = [],
     key_file: option(Path, "API keys, one a line [default: TITA_API_KEYS, or none]") = None,
@@ -234,27 +238,27 @@ class Talker:
 
 # %% ../../nbs/serve/94_serve_cli.ipynb #79a00034
 @patch
-def _stream(self: Talker, model: str):
+def _stream(self: Talker, model: str, messages: list):
     plain = {k: v for k, v in self.request.items() if k != "tita"}
     steer = dict(tita=dict(rewards=True) | self.request.get("tita", {}))
     create = self.client.chat.completions.create
-    return create(model=model, messages=self.messages, stream=True, extra_body=steer, **plain)
+    return create(model=model, messages=messages, stream=True, extra_body=steer, **plain)
 
 @patch
 def ask(self: Talker, text: str, image=None): # pairs of model and its new tokens: text, reward, changed
-    "Ask a question; an image comes with it, or came with an earlier one."
+    "Ask a question; an image comes with it, or came with an earlier one. What fails is not part of the talk."
     from tita.core import data_url
     content = [dict(type="text", text=text)]
     if image is not None:
         content.insert(0, dict(type="image_url", image_url=dict(url=data_url(image))))
-    self.messages.append(dict(role="user", content=content))
+    messages = [*self.messages, dict(role="user", content=content)]
     for model in self.models:
         said = ""
-        for part in self._stream(model):
+        for part in self._stream(model, messages):
             for choice in part.choices:
                 said += choice.delta.content or ""
                 yield model, (choice.model_extra or {}).get("tita", {}).get("tokens", [])
-    self.messages.append(dict(role="assistant", content=said))
+    self.messages = [*messages, dict(role="assistant", content=said)]
 
 # %% ../../nbs/serve/94_serve_cli.ipynb #79a00018
 def show_turn(talker: Talker, console, text: str, image=None):
@@ -273,20 +277,30 @@ def show_turn(talker: Talker, console, text: str, image=None):
 
 # %% ../../nbs/serve/94_serve_cli.ipynb #79a00036
 def talk(talker: Talker, console, image=None, ask=input):
-    "Turns until there is nothing more to say. `/image PATH` shows another image, `/quit` ends."
+    "Turns until there is nothing more to say: `/image PATH` shows another image, `/quit` ends, a mistake is told."
+    from openai import OpenAIError
     from tita.core import open_image
     while True:
         try:
             text = ask("you> ").strip()
+            if text == "/quit":
+                return
+            if text.startswith("/image "):
+                image, talker.messages = open_image(text[7:].strip()), []
+            elif text:
+                show_turn(talker, console, text, image)
+                image = None
         except EOFError:
             return
-        if text == "/quit":
-            return
-        if text.startswith("/image "):
-            image, talker.messages = open_image(text[7:].strip()), []
-        elif text:
-            show_turn(talker, console, text, image)
-            image = None
+        except (TitaError, OpenAIError) as e:
+            console.print(f"\n{_reason(e)}", markup=False, highlight=False)
+
+# %% ../../nbs/serve/94_serve_cli.ipynb #79a00040
+def _reason(e: Exception) -> str:
+    "What a server says is wrong, or that there is none."
+    body = getattr(e, "body", None) if not isinstance(e, TitaError) else dict(message=str(e))
+    told = body.get("message") if isinstance(body, dict) else None
+    return told or f"{type(e).__name__}; is it the address of an OpenAI-compatible server?"
 
 # %% ../../nbs/serve/94_serve_cli.ipynb #79a00020
 def chat(
@@ -330,10 +344,7 @@ def converse(url: str, key: str, model: str | None, image, message: str | None, 
             return show_turn(talker, console, message, image)
         talk(talker, console, image)
     except OpenAIError as e:
-        said = getattr(e, "body", None)
-        why = said.get("message") if isinstance(said, dict) else None
-        why = why or type(e).__name__
-        raise TitaError(f"{url}: {why}; is it the address of an OpenAI-compatible server?") from None
+        raise TitaError(f"{url}: {_reason(e)}") from None
 
 # %% ../../nbs/serve/94_serve_cli.ipynb #79a00038
 chat_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -3,10 +3,10 @@
   const element = (tag, text, look = {}) => Object.assign(document.createElement(tag), {textContent: text, ...look});
   const visible = text => text.trim() ? text.trim() : JSON.stringify(text);
 
-  function row([text, share], said) {
+  function row([text, share, isSaid]) {
     const line = element("div", "", {className: "tita-row"});
     const bar = element("i", "");
-    line.dataset.isSaid = text === said.text;
+    line.dataset.isSaid = isSaid;
     bar.style.width = `${100 * share}%`;
     line.append(element("span", visible(text)), bar, element("em", `${(100 * share).toFixed(1)}%`));
     return line;
@@ -18,7 +18,7 @@
     const head = element("p", "");
     head.append(element("b", visible(said.text)), ` ${said.nats} nats`);
     if (said.changed) head.append(`; the base takes `, element("b", visible(said.base)));
-    about.replaceChildren(head, ...said.top.map(pair => row(pair, said)));
+    about.replaceChildren(head, ...said.top.map(row));
   }
 
   function go(word, key) {
