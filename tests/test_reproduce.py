@@ -23,8 +23,10 @@ from tita.studies.outline import prepare
 from tita.studies.reproduction import Reproduction, problems
 
 NOTEBOOK = "nbs/runs/reproduce.ipynb"
-FILES = sorted((ROOT / "scripts/params/runs").glob("*.yaml"))
-SMOKE = ROOT / "scripts/params/runs/reproduce_smoke.yaml"
+PARAMS = ROOT / "scripts/params"
+WHOLE_JOBS = sorted(PARAMS.glob("*.yaml"))
+FILES = WHOLE_JOBS + sorted((PARAMS / "smoke").glob("*.yaml"))
+SMOKE = ROOT / "scripts/params/smoke/reproduce.yaml"
 ENV = os.environ | {"TITA_PROGRESS": "0", "PYTHONPATH": str(ROOT)}
 
 
@@ -36,7 +38,7 @@ def notebook_of(file):
     return next(word.rstrip(":,") for word in first.split() if word.startswith("nbs/runs/"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(PARAMS).with_suffix("")))
 def test_every_file_fits_its_notebook(file):
     "Names, and values of the right kind; `out` is a folder of its own."
     given = run_notebook.parameters(str(ROOT / notebook_of(file)), [str(file)], [])
@@ -45,7 +47,13 @@ def test_every_file_fits_its_notebook(file):
     assert said.get("out", f"runs/{file.stem}") == f"runs/{file.stem}"
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if notebook_of(f) == NOTEBOOK], ids=lambda p: p.stem)
+def test_a_file_in_plain_sight_is_a_whole_job():
+    "What `papermill nbs/runs/reproduce.ipynb runs/x.ipynb -f scripts/params/PAIR.yaml` takes lies on top."
+    assert {f.stem for f in WHOLE_JOBS} >= {"llava15_7b", "llava15_13b", "qwen25_vl_7b", "qwen3_vl_8b", "internvl35_8b"}
+    assert {notebook_of(f) for f in WHOLE_JOBS} == {NOTEBOOK}
+
+
+@pytest.mark.parametrize("file", [*WHOLE_JOBS, SMOKE], ids=lambda p: p.stem)
 def test_only_data_and_models_are_missing(file, monkeypatch):
     "Recipes are there, their fields exist, tasks and views are known: what is left is what a user downloads."
     monkeypatch.chdir(ROOT)
@@ -141,7 +149,7 @@ def test_mistakes_are_told_together(tmp_path):
 
 def test_a_pair_that_is_not_here_is_counted(tmp_path):
     "A dry run needs neither models nor data: sizes come from names, a mix from what SeVa samples of it."
-    said = yaml.safe_load((ROOT / "scripts/params/runs/llava15_7b.yaml").read_text())
+    said = yaml.safe_load((ROOT / "scripts/params/llava15_7b.yaml").read_text())
     run, plan = prepare(Reproduction(**said | dict(out=str(tmp_path / "run"), dry_run=True)))
     rows = {need.step: need for need in plan.needs}
     assert rows["teach"].rows == 36_000 and rows["dpo"].rows == 24_000
