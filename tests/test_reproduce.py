@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -307,3 +308,52 @@ def test_slurm_stops_and_queues_again_and_goes_on(tmp_path):
     assert again.returncode == 0 and "goes on where it stopped" in again.stdout, again.stdout
     assert "first: nothing that it depends on has changed" in again.stdout
     assert subprocess.run(command[:3], **how).returncode == 2
+
+
+## The executed notebook is in the run's folder
+
+def small_notebook(folder):
+    "A run notebook with as little as one can have."
+    new, last = nbformat.v4, "keep_notebook(out, globals())"
+    cells = [new.new_code_cell('out = "run"', metadata=dict(tags=["parameters"])), new.new_code_cell("print(6 * 7)"),
+        new.new_code_cell("from tita.records import keep_notebook"), new.new_code_cell(last)]
+    nbformat.write(new.new_notebook(cells=cells, metadata=dict(kernelspec=KERNEL)), folder / "small.ipynb")
+    (folder / "run").mkdir()
+
+
+KERNEL = dict(name="python3", language="python", display_name="Python 3")
+CALL = "import papermill; papermill.execute_notebook('small.ipynb', 'x.ipynb', dict(out='run'))"
+
+
+@pytest.mark.parametrize("command, kept", [
+    (["-m", "papermill", "small.ipynb", "x.ipynb"], True),
+    (["-m", "papermill", "small.ipynb", "x.ipynb", "--cwd", "run", "-p", "out", "."], True),
+    (["-m", "papermill", "small.ipynb", "x.ipynb", "--inject-output-path"], True),
+    (["-c", CALL], False),
+], ids=["papermill", "cwd", "injected", "from-Python"])
+def test_papermill_keeps_notebook_and_page(tmp_path, command, kept):
+    "Everything up to the last cell; where nobody tells its name, the notebook says so and ends well."
+    small_notebook(tmp_path)
+    env = ENV | {"PWD": str(tmp_path)}  # as a shell has it
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = nbformat.read(tmp_path / "x.ipynb", 4).cells[-1].outputs[0].text
+    if kept:
+        assert "x.ipynb and x.html: the notebook up to this cell" in last
+        copy = nbformat.read(tmp_path / "run/x.ipynb", 4)
+        assert [c.outputs[0].text for c in copy.cells if c.source == "print(6 * 7)"] == ["42\n"]
+        assert "42" in (tmp_path / "run/x.html").read_text()
+    else:
+        assert "nobody told where this notebook is written" in last and not [*(tmp_path / "run").iterdir()]
+
+
+@pytest.mark.slow
+def test_whole_job_by_papermill_alone(tmp_path):
+    "As the documentation has it: papermill, the notebook, a file of parameters."
+    command = ["-m", "papermill", NOTEBOOK, tmp_path / "x.ipynb", "-f", SMOKE, "-p", "out", tmp_path / "run"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {p.name for p in (tmp_path / "run").iterdir()}
+    assert found >= {"x.ipynb", "x.html", "run.json", "metrics.json", "report.html", "log.txt", "curves.png"}
+    assert "x.html: the notebook up to this cell" in (tmp_path / "run/log.txt").read_text()
+    assert "data:image/png" in (tmp_path / "run/x.html").read_text()
