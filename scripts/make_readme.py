@@ -19,7 +19,7 @@ PAGES = {"nbs/index.ipynb": "README.md", "nbs/zh/index.ipynb": "README.zh.md"}
 NOTE = "<!-- Made by scripts/make_readme.py: edit nbs/index.ipynb, for Chinese nbs/zh/index.ipynb. -->"
 DIRECTIVE = re.compile(r"^#\|[ \t]*([\w-]+):?[ \t]*(.*)\n?", re.M)
 FENCE = re.compile(r"(^ {0,3}(`{3,}|~{3,}).*?^ {0,3}\2[`~]*[ \t]*$)", re.M | re.S)
-LINK = re.compile(r"(\]\(|(?:src|href)=\")([^)\s\"]+)")
+LINK = re.compile(r"(\]\(|(?:src|srcset|href)=\")([^)\s\"]+)")
 
 def join(
     x, # a string, or a notebook's list of lines

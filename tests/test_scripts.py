@@ -262,8 +262,8 @@ def test_readme_links_are_seen_from_the_root(link, seen):
 
 def test_readme_leaves_code_alone():
     code = "\n\n```python\nx = d['k'](y.png)\n```\n\n"
-    found = make_readme.markdown(f'see [a](../a.png){code}<img src="b.png">')
-    assert found == f'see [a](a.png){code}<img src="nbs/b.png">'
+    found = make_readme.markdown(f'see [a](../a.png){code}<source srcset="b.svg"><img src="b.png">')
+    assert found == f'see [a](a.png){code}<source srcset="nbs/b.svg"><img src="nbs/b.png">'
 
 def test_readme_cells(tmp_path):
     out = {"output_type": "stream", "name": "stdout", "text": ["a ball\n"]}
