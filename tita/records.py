@@ -241,11 +241,11 @@ def worth_a_panel(
     results: dict[str, list[float]], # of `shared_results`
     most: int = 24,
 ) -> list[str]: # names
-    "Results first that have an interval and differ, then those that have one or differ."
+    "Results first that have an interval and differ, then those that have one or differ; none that is 0 in all runs."
     def rank(name):
         measured, differs = any(name in run.intervals for run in runs), len(set(results[name])) > 1
         return -(measured + differs), not measured
-    return sorted(results, key=rank)[:most]
+    return sorted(filter(lambda name: any(results[name]), results), key=rank)[:most]
 
 # %% ../nbs/22_records.ipynb #0600017
 def comparison_figure(
@@ -284,7 +284,7 @@ def _table(title: str, head: list, rows):
     from rich.table import Table
     table = Table(*map(str, head), title=title, title_justify="left")
     for row in rows:
-        table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row))
+        table.add_row(*(f"{x + 0:.4g}" if isinstance(x, float) else str(x) for x in row))  # + 0: no -0
     Console(force_jupyter=False, force_terminal=sys.stdout.isatty()).print(table)
 
 @app.command("list")
@@ -308,11 +308,31 @@ def show_run(
 ):
     "One run: its settings, stages and results."
     run = run_of(folder)
-    _table(f"{folder.name}: settings", ["parameter", "value"], run.settings.items())
+    said = {name: value for name, value in run.settings.items() if value not in ("", [], {}, None)}
+    _table(f"{run.folder.resolve().name}: settings", ["parameter", "value"], said.items())
+    if empty := [name for name in run.settings if name not in said]:
+        print("empty:", ", ".join(empty))
     _table("stages", ["stage", "seconds"], run.seconds.items())
-    _table("results", ["result", "value"], ((k, float(v)) for k, v in run.results.items() if having in k))
+    results = {name: float(value) for name, value in run.results.items() if having in name}
+    _table("results", ["result", "value"], results.items())
+    if run.state == "unfinished":
+        print("no results yet: the command that began it goes on")
+    elif len(results) > 30:
+        print(f"{len(results)} results; --having chooses those with a word in their name")
     versions = ", ".join(f"{k} {v}" for k, v in run.made_by.get("versions", {}).items())
     print("made by", run.made_by.get("commit", "?"), "(changed)" if run.made_by.get("changed") else "", versions)
+
+# %% ../nbs/22_records.ipynb #0600040
+def compare_results(runs: list[RunRecord], having: str, figure: Path | None):
+    "The table of what finished runs found, and a picture of it."
+    results, left_out = shared_results(runs, having)
+    head = [run.folder.name for run in runs]
+    _table("results", ["result", *head], ((k, *map(float, v)) for k, v in results.items()))
+    if left_out:
+        print(f"{left_out} more results are not in all of them")
+    if figure and (shown := worth_a_panel(runs, results)):
+        comparison_figure(runs, results, figure)
+        print(f"{figure} has {len(shown)} of them as a picture, those with an interval first; --having chooses")
 
 # %% ../nbs/22_records.ipynb #060001d
 @app.command("compare")
@@ -327,15 +347,11 @@ def compare_runs(
     runs = [run_of(folder) for folder in folders]
     head = [run.folder.name for run in runs]
     _table("settings that differ", ["parameter", *head], ((k, *v) for k, v in differing(runs).items()))
-    results, left_out = shared_results(runs, having)
-    _table("results", ["result", *head], ((k, *map(float, v)) for k, v in results.items()))
-    print(f"{left_out} results are not in all of them")
-    if unfinished := [run.folder.name for run in runs if run.state == "unfinished"]:
-        print(f"{', '.join(unfinished)} has no results yet: the command that began it goes on")
-    if figure and results:
-        comparison_figure(runs, results, figure)
-        shown = min(24, len(results))
-        print(f"{figure} has {shown} of them as a picture, those with an interval first; --having chooses")
+    for run in runs:
+        if run.state == "unfinished":
+            print(f"{run.folder.name} has no results yet: the command that began it goes on")
+    if len(done := [run for run in runs if run.state == "finished"]) > 1:
+        compare_results(done, having, figure)
 
 def main():
     "Entry point of `tita-runs`."
