@@ -57,8 +57,8 @@ def outputs(
     cell: dict, # a code cell
     folder: str, # where its notebook lies
 ):  # yields blocks of markdown
-    "Printed text and results. Images belong into results/, linked from a markdown cell: they cannot be text."
-    for o in cell.get("outputs", []):
+    "Printed text and results, no warnings. Images belong into a folder, linked from a markdown cell: they are no text."
+    for o in (o for o in cell.get("outputs", []) if o.get("name") != "stderr"):
         data = o.get("data", {})
         if o["output_type"] == "error":
             raise ValueError(f"{folder}/index.ipynb, cell {cell.get('id')}: it ended in an error ({o['ename']})")
