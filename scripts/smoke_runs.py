@@ -84,7 +84,7 @@ def check_decode(out: Path) -> str:
 def check_evaluate(out: Path) -> str:
     scores = found(out, "seed0/results.json")["scores"]
     for task in ("world_caption", "world_text_only"):
-        must([*scores[task]] == ["base", "reward alone", "λ=0.5", "vcd", "best of 2"], f"{task}: {[*scores[task]]}")
+        must([*scores[task]] == ["base", "λ=0.5", "reward alone", "vcd", "best of 2"], f"{task}: {[*scores[task]]}")
     recall = scores["world_caption"]["base"]["recall"]["value"]
     must(70 < recall <= 100, f"the base's captions name {recall} % of what is there")
     must((out/"seed0/gallery.html").is_file(), "no gallery")

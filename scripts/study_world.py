@@ -7,9 +7,12 @@
                                              writes results/study_world.{json,md}
 
 Everything that is trained is kept in runs/study_world/ (--runs): killed and started again, it goes on. A seed that
-data/world lacks gets models of its own first. What is compared is explained in nbs/studies/86_rivals.ipynb.
+data/world lacks gets models of its own first. `--systems sft base_lora` adds these rows to results that are there: base
+and default are measured with them, and must come out as they stand. What is compared is explained in
+nbs/studies/86_rivals.ipynb.
 """
 import argparse, copy, json, os
+from dataclasses import replace
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -17,7 +20,8 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 from tita.core import TitaError, cli, progress, run_info, set_seed, write_json, write_text
-from tita.decode.guidance import ALIKE
+from tita.decode.decoder import AlignedDecoder
+from tita.decode.guidance import ALIKE, OWN
 from tita.eval.metrics import METRICS, bootstrap, verdict_of
 from tita.models import load_vlm
 from tita.studies import rivals
@@ -54,6 +58,12 @@ def pairs_of(model, out: Path, images: Path, seed: int, scenes: int) -> list:
     made = partial(preference_pairs, model, tiny_processor(), probe, images, out, seed=seed, further=further_rows)
     return made()[0]
 
+def second_round(policy, model, out: Path, images: Path, seed: int, scenes: int):
+    "DPO once more, on the answers of `policy` to scenes that the first round did not see."
+    probe = probe_rows(make_scenes(scenes, seed + 100, "train"), images, "second", seed=seed)
+    made = preference_pairs(policy, tiny_processor(), probe, images, out, seed=seed, further=further_rows)
+    return trained(model, made[0], out/"after", images, seed)
+
 def weak_reward(base, out: Path, images: Path, seed: int, scenes: int):
     "A student that hardly learned, before and after DPO on pairs of its own."
     if (out/"after"/"metrics.json").exists():
@@ -69,10 +79,15 @@ def lora():
     from peft import LoraConfig
     return LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
 
-RIVALS = "sft", "base_dpo", "base_lora", "weak"
+RIVALS = "sft", "base_dpo", "base_lora", "weak", "second"
+RATES = dict(base_dpo=(1e-4, 3e-4, 1e-3), base_lora=(3e-4, 1e-3, 3e-3)) # learning rates of DPO of the base: its knob
 
-def models_of(seed: int, args) -> dict: # name -> model
-    "All models of a seed but the foreign reward."
+def at_rate(name: str, rate: float) -> str:
+    "What a base is called that was trained with DPO at a learning rate."
+    return f"{name}:{rate:g}"
+
+def models_of(seed: int, args, writers: set | None = None) -> dict: # name -> model
+    "All models of a seed but the foreign reward; of DPO of the base those that write, or all rates."
     world, out = world_of(seed, args.runs), args.runs/f"seed{seed}"
     base, before = (load_vlm(world/name, device="cpu") for name in ("base", "reward"))
     set_seed(seed)
@@ -82,19 +97,27 @@ def models_of(seed: int, args) -> dict: # name -> model
     models = dict(base=base, before=before, after=dpo(before, out=out/"after"))
     if "sft" in args.rivals:
         models["sft"] = dpo(before, out=out/"sft", loss_type=["sft"])
-    if "base_dpo" in args.rivals:
-        models["base_dpo"] = dpo(base, out=out/"base_dpo")
-    if "base_lora" in args.rivals:
-        adapter = dpo(base, out=out/"base_lora", peft_config=lora(), learning_rate=1e-3)
-        models["base_lora"] = adapter.merge_and_unload() if hasattr(adapter, "merge_and_unload") else adapter
+    for kind, rate in [(kind, rate) for kind in RATES if kind in args.rivals for rate in RATES[kind]]:
+        name = at_rate(kind, rate)
+        if writers is not None and name not in writers:
+            continue
+        adapter = dict(peft_config=lora()) if kind == "base_lora" else {}
+        model = dpo(base, out=out/f"{kind}_{rate:g}", learning_rate=rate, **adapter)
+        models[name] = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    if "second" in args.rivals:
+        policy = AlignedDecoder(base, models["after"], tiny_processor(), **OWN)
+        more = partial(second_round, images=images, seed=seed, scenes=args.pairs)
+        models["second"] = more(policy, models["after"], out/"rounds"/"on_policy")
+        if once := models.get(FIXED["base_dpo"].writes):
+            models["base_dpo_second"] = more(once, once, out/"rounds"/"base_dpo")
     if "weak" in args.rivals:
         weak = weak_reward(base, out/"weak", images, seed, args.pairs // 3)
         models |= dict(zip(("weak_before", "weak_after"), weak))
     return models
 
-def with_foreign(seed: int, args) -> dict:
+def with_foreign(seed: int, args, writers: set | None = None) -> dict:
     "A seed's models, the reward that was made for another base, and bases that see nothing."
-    models, other = models_of(seed, args), 0 if seed else 1
+    models, other = models_of(seed, args, writers), 0 if seed else 1
     models["foreign_before"] = load_vlm(world_of(other, args.runs)/"reward", device="cpu")
     models["foreign_after"] = load_vlm(args.runs/f"seed{other}"/"after", device="cpu")
     pictures = [s.image for s in make_scenes(50, seed, "valid")]
@@ -123,13 +146,15 @@ def contrasts(view: str) -> list:
 
 CANDIDATES = dict( # what is compared -> settings to choose from
     aligned=[aligned(settings) for settings in OURS],
-    sft=[Rival("base", "sft", "before", ratio(lam, bound=1.)) for lam in (.5, 1., 2.)],
+    **{f"{name}_tuned": [Rival(at_rate(name, rate)) for rate in rates] for name, rates in RATES.items()},
+    sft=[*(Rival("base", "sft", "", mean(lam)) for lam in (.2, .3, .5)),
+         *(Rival("base", "sft", "before", ratio(lam, bound=1.)) for lam in (.5, 1., 2.))],
     ensemble=[Rival("base", "before", "", mean(lam)) for lam in (.2, .3, .5)],
     vcd=[s for t in (500, 800) for s in contrasts(f"base@{t}")],
     no_image=contrasts("no_image"), mean_image=contrasts("mean_image"))
 FIXED = dict(
     base=Rival("base"), before=Rival("before"), after=Rival("after"),
-    base_dpo=Rival("base_dpo"), base_lora=Rival("base_lora"),
+    base_dpo=Rival(at_rate("base_dpo", 3e-4)), base_lora=Rival(at_rate("base_lora", 1e-3)),
     ratio=Rival("base", "after", "before", dict(form="ratio", lam=1., bound=1.)))
 BEST_OF = [dict(n=4, temperature=t) for t in (.5, 1.)]
 
@@ -139,10 +164,11 @@ def gated(settings: dict) -> dict:
 def frozen_systems(chosen: dict) -> dict:
     "All systems, with the settings that were chosen."
     ours = chosen["aligned"]["settings"]
-    guided = {k: Rival(**chosen[k]) for k in CANDIDATES if k in chosen}
+    tuned = {k: Rival(**chosen[k]) for k in CANDIDATES if k in chosen}
     other = {f"{kind}{name}": aligned(how, f"{kind}_") for kind in ("weak", "foreign")
              for name, how in (("", ours), ("_gated", gated(ours)))}
-    return FIXED | guided | other
+    twice = dict(second=replace(tuned["aligned"], reward="second"), base_dpo_second=Rival("base_dpo_second"))
+    return FIXED | tuned | other | twice
 
 def in_parallel(work, args) -> dict: # seed -> what `work` gives
     "Seeds side by side, each in a process of its own with one thread."
@@ -154,6 +180,10 @@ def in_parallel(work, args) -> dict: # seed -> what `work` gives
 def key(s: Rival) -> str:
     return json.dumps(vars(s))
 
+def kept(seed: int, args, what: str) -> Path:
+    "Where measurements of a seed are kept."
+    return args.runs/f"seed{seed}"/"_".join([what, *args.systems])
+
 def alike(seed: int, models: dict, args) -> dict: # whose reward -> shared probability
     "How far each reward, before DPO, agrees with the base on validation images: what the gate is set by."
     out, unseen = args.runs/f"seed{seed}", make_scenes(60, 2000 + seed, "valid")
@@ -164,19 +194,21 @@ def alike(seed: int, models: dict, args) -> dict: # whose reward -> shared proba
 
 def validated(seed: int, args) -> tuple: # setting -> counts, setting -> cost, shared probabilities
     "Everything that can be chosen, on validation scenes of one seed; what is there is not measured again."
-    path = args.runs/f"seed{seed}"/f"valid_{args.valid}.pt"
+    path = kept(seed, args, f"valid_{args.valid}.pt")
     if path.exists():
         return torch.load(path, weights_only=False)
-    models = with_foreign(seed, args)
+    models = models_of(seed, args) if args.systems else with_foreign(seed, args)
     bench = rivals.Bench(models, make_scenes(args.valid, 2000 + seed, "valid"), args.valid)
     tried = [*FIXED.values(), *(s for of in CANDIDATES.values() for s in of)]
     tried += [aligned(how, kind) for kind in ("weak_", "foreign_") for how in DOUBTED]
+    if args.systems:
+        tried = [FIXED["base"], *(s for name in args.systems for s in CANDIDATES.get(name, ()))]
     tried, found, cost = [s for s in tried if s.known_to(models)], {}, {}
     for s in progress(tried, desc=f"seed {seed}", unit="setting"):
         found[key(s)], cost[key(s)] = rivals.measure(bench, s)
-    for how in BEST_OF:
+    for how in BEST_OF if not args.systems else ():
         found[json.dumps(how)], cost[json.dumps(how)] = rivals.best_answer_of(bench, **how)
-    measured = found, cost, alike(seed, models, args)
+    measured = found, cost, {} if args.systems else alike(seed, models, args)
     torch.save(measured, path)
     return measured
 
@@ -219,16 +251,16 @@ def change(row: dict, metric: str) -> str:
     deltas = [c[metric]["delta"] for c in row["cells"].values()]
     return f"{sum(deltas) / len(deltas):+.1f}"
 
-def chosen_table(rows: dict, cost: dict, chosen: dict) -> str:
+def chosen_table(rows: list, chosen: list) -> str:
     "Every setting that was tried."
     lines = []
-    for k in sorted(rows, key=lambda k: (json.loads(k).get("reward", ""), -rows[k]["gain"])):
-        s, row = json.loads(k), rows[k]
+    for row in sorted(rows, key=lambda row: (row["setting"].get("reward", ""), -row["gain"])):
+        s = row["setting"]
         who = " + ".join(x for x in (s.get("writes", "best of the base's"), s.get("reward")) if x)
         who += f" − {s['reference']}" if s.get("reference") else ""
-        mark = "**" if k in chosen else ""
+        mark = "**" if s in chosen else ""
         changes = [f"{row['gain']:+.2f}", *(change(row, m) for m in SHOWN)]
-        counts = len(row["better"]), len(row["worse"]), cost[k]["forwards"]
+        counts = len(row["better"]), len(row["worse"]), row["cost"]["forwards"]
         lines.append([f"{mark}{who}{mark}", label(s.get("settings", s)), *changes, *counts])
     return table(["system", "settings", "gain", *SHOWN.values(), "better", "worse", "forwards a token"], lines)
 
@@ -246,8 +278,45 @@ with the fewest harms, the cheapest one whose gain is within {close} points of t
 How much probability each reward, before DPO, shares with the base on validation images (from {open} on \
 `guidance.guidance_for` takes it for the base's own): {masses}.
 
-Commit {commit:.12}, {cpus} cores of {system}.
+Commit {commit:.12}, {cpus} cores of {system}.{added}
 """
+
+def same_as_before(now: dict, before: dict, what: str, within: float = 0.):
+    "Rows go to results only where what stands there comes out again, within so many points: metric -> cell."
+    for m, cell in before.items():
+        if abs(now[m]["value"] - cell["value"]) > within:
+            raise TitaError(f"{what}: {m} is {now[m]['value']:.3f}, the results have {cell['value']:.3f}; models or "
+                            f"scenes are others than theirs, so measure all rows anew, without --systems")
+
+def results_before(args, name: str, **same) -> dict:
+    "Results that rows are added to; they must have been made in the same way."
+    path = args.out/name
+    if not path.exists():
+        raise TitaError(f"{path}: no results to add {', '.join(args.systems)} to; leave --systems out")
+    before = json.loads(path.read_text())
+    for k, value in same.items():
+        if before[k] != value:
+            raise TitaError(f"{path} was made with --{k.replace('seeds', 'seed')} {before[k]}, not {value}")
+    return before
+
+def settings_added(now: dict, before: dict) -> dict: # as choose_default.json
+    "The settings that were tried for further systems, beside those of before."
+    base = vars(FIXED["base"])
+    mine, theirs = (next(row for row in told["settings"] if row["setting"] == base) for told in (now, before))
+    for seed, cells in theirs["cells"].items():
+        same_as_before(mine["cells"][int(seed)], cells, f"validation, seed {seed}")
+    new = [row["setting"] for row in now["settings"]] + [vars(Rival(name)) for name in RATES]
+    rows = [row for row in before["settings"] if row["setting"] not in new or row is theirs]
+    rows += [row for row in now["settings"] if row is not mine]
+    return before | dict(chosen=before["chosen"] | now["chosen"], settings=rows,
+                         added=before.get("added", {}) | {name: now["run"]["commit"] for name in now["chosen"]})
+
+def told_added(added: dict) -> str:
+    "Which rows are of another commit."
+    commits = {}
+    for name, commit in added.items():
+        commits.setdefault(f"{commit or 'unknown':.12}", []).append(TITLES[name])
+    return "".join(f" Rows of commit {commit}: {', '.join(titles)}." for commit, titles in commits.items())
 
 def choose(args):
     "Settings for everything, and a table of what was tried."
@@ -256,32 +325,41 @@ def choose(args):
     cost = {k: c for _, costs, _ in measured.values() for k, c in costs.items()}
     tried = {name: [k for s in of if (k := key(s)) in rows] for name, of in CANDIDATES.items()}
     chosen = {name: best(keys, rows, cost) for name, keys in tried.items() if keys}
-    chosen["best_of"] = best([json.dumps(how) for how in BEST_OF], rows, cost)
-    run, masses = run_info(), {seed: shared for seed, (*_, shared) in measured.items()}
-    shares = [f"seed {s} " + ", ".join(f"{k} {v:.2f}" for k, v in of.items()) for s, of in masses.items()]
-    told = {k: dict(setting=json.loads(k), cost=cost[k], **v) for k, v in rows.items()}
-    write_json(args.out/"choose_default.json", dict(
-        chosen={name: json.loads(k) for name, k in chosen.items()}, valid=args.valid, seeds=args.seed, pairs=args.pairs,
-        shared=masses, settings=list(told.values()), run=run))
+    if not args.systems:
+        chosen["best_of"] = best([json.dumps(how) for how in BEST_OF], rows, cost)
+    told = [dict(setting=json.loads(k), cost=cost[k], **v) for k, v in rows.items()]
+    made = dict(chosen={name: json.loads(k) for name, k in chosen.items()}, valid=args.valid, seeds=args.seed,
+                pairs=args.pairs, shared={seed: shared for seed, (*_, shared) in measured.items()}, settings=told,
+                run=run_info())
+    if args.systems:
+        same = dict(seeds=args.seed, pairs=args.pairs, valid=args.valid)
+        made = settings_added(made, results_before(args, "choose_default.json", **same))
+    write_json(args.out/"choose_default.json", made)
+    shares = [f"seed {s} " + ", ".join(f"{k} {v:.2f}" for k, v in of.items()) for s, of in made["shared"].items()]
     print(write_text(args.out/"choose_default.md", CHOICE.format(
         valid=args.valid, seeds=", ".join(map(str, args.seed)), pairs=args.pairs, close=CLOSE,
-        open=ALIKE, masses="; ".join(shares),
-        table=chosen_table(rows, cost, set(chosen.values())), **run | dict(commit=run["commit"] or "unknown"))))
+        open=ALIKE, masses="; ".join(shares), added=told_added(made.get("added", {})),
+        table=chosen_table(made["settings"], list(made["chosen"].values())),
+        **made["run"] | dict(commit=made["run"]["commit"] or "unknown"))))
 
 # Test
 
 def tested(seed: int, args, chosen: dict) -> dict: # systems -> cells; cost
     "All systems on the test scenes of one seed; what is there is not measured again."
-    path = args.runs/f"seed{seed}"/f"test_{args.scenes}.json"
+    path = kept(seed, args, f"test_{args.scenes}.json")
     if path.exists():
         return json.loads(path.read_text())
-    models = with_foreign(seed, args)
+    systems = frozen_systems(chosen)
+    if args.systems:
+        systems = {name: systems[name] for name in ("base", "aligned", *args.systems)}
+    writers = {s.writes for s in systems.values()} | {FIXED["base_dpo"].writes}
+    models = models_of(seed, args, writers) if args.systems else with_foreign(seed, args, writers)
     bench = rivals.Bench(models, make_scenes(args.scenes, seed, "test"), args.scenes)
-    found, cost = {}, {}
-    systems = {name: s for name, s in frozen_systems(chosen).items() if s.known_to(models)}
+    found, cost, systems = {}, {}, {name: s for name, s in systems.items() if s.known_to(models)}
     for name, s in progress(systems.items(), desc=f"seed {seed}", unit="system"):
         found[name], cost[name] = rivals.measure(bench, s)
-    found["best_of"], cost["best_of"] = rivals.best_answer_of(bench, **chosen["best_of"])
+    if not args.systems:
+        found["best_of"], cost["best_of"] = rivals.best_answer_of(bench, **chosen["best_of"])
     told = dict(systems=bootstrap(found, "base")["systems"], against={
         other: bootstrap({k: found[k] for k in ("aligned", other)}, other)["systems"]["aligned"]
         for other in found if other not in ("base", "aligned")}, cost=cost, commit=run_info()["commit"])
@@ -290,9 +368,15 @@ def tested(seed: int, args, chosen: dict) -> dict: # systems -> cells; cost
 
 TITLES = dict(
     base="the large model alone", before="the small model before DPO", after="the small model after DPO",
-    aligned="**large model, aligned (the default)**", ratio="the same by the ratio, λ 1, bound 1",
-    base_dpo="DPO of the large model, all weights",
-    base_lora="DPO of the large model, LoRA", sft="guided by SFT on the chosen answers",
+    aligned="**large model, aligned (the default)**",
+    second="the same, its reward after a second round, on pairs of the aligned model",
+    ratio="large model, aligned by the ratio, λ 1, bound 1",
+    base_dpo="DPO of the large model, all weights, the reward's learning rate",
+    base_dpo_second="the same after a second round, on pairs of its own",
+    base_dpo_tuned="DPO of the large model, all weights, its rate chosen",
+    base_lora="DPO of the large model, LoRA, rate 1e-3",
+    base_lora_tuned="DPO of the large model, LoRA, its rate chosen",
+    sft="guided by SFT on the chosen answers",
     ensemble="mean with the small model before DPO", vcd="VCD",
     no_image="contrast without an image (M3ID's, fixed λ)", mean_image="contrast with a mean image (image-CFG)",
     best_of="best of 4 by the reward", weak="guided by a weak reward", weak_gated="the same, gated",
@@ -332,8 +416,8 @@ def seed_table(seed, told: dict) -> str:
         mark = {"better": "**", "worse": "_"}.get(verdict_of(m, c), "")
         return f"{c['value']:.1f} {mark}[{c['delta_low']:+.1f}, {c['delta_high']:+.1f}]{mark}"
     rows = [[TITLES[name], *(one(m, cells[m]) for m in metrics)] for name, cells in told["systems"].items()]
-    head = f"## Seed {seed}\n\nMeasured at commit {told['commit'] or 'unknown':.12}.\n\n"
-    return head + table(["", *(METRICS[m].title for m in metrics)], rows)
+    measured = f"Measured at commit {told['commit'] or 'unknown':.12}.{told_added(told.get('added', {}))}"
+    return f"## Seed {seed}\n\n{measured}\n\n" + table(["", *(METRICS[m].title for m in metrics)], rows)
 
 def against_table(found: dict) -> str:
     "The default against each rival, on all seeds together."
@@ -386,20 +470,44 @@ def tested_before(chosen: dict, args) -> dict: # seed -> what `tested` gave
     if not path.exists():
         return {}
     before = json.loads(path.read_text())
-    if (before["chosen"], before["scenes"], before["pairs"]) != (chosen, args.scenes, args.pairs):
+    as_frozen = all(chosen.get(name) == how for name, how in before["chosen"].items())
+    if not as_frozen or (before["scenes"], before["pairs"]) != (args.scenes, args.pairs):
         return {}
     commit = before["run"]["commit"]
     return {int(seed): dict(commit=commit) | told for seed, told in before["seeds"].items()
             if int(seed) not in args.seed}
 
-def test(args):
-    "The frozen settings on test scenes; a seed that was tested with them before keeps its row."
+SAME = .1 # points: a reward that is trained again on another day says one caption of 1,500 otherwise
+
+def rows_added(now: dict, before: dict, seed: int) -> dict: # as of `tested`
+    "Further systems of a seed; their speed as if the base had been as fast as it was before."
+    for name, within in dict(base=0., aligned=SAME).items():
+        same_as_before(now["systems"][name], before["systems"][name], f"test, seed {seed}, {name}", within)
+    new = [name for name in now["systems"] if name not in ("base", "aligned")]
+    pace = before["cost"]["base"]["tokens_per_second"] / now["cost"]["base"]["tokens_per_second"]
+    cost = {k: now["cost"][k] | dict(tokens_per_second=round(pace * now["cost"][k]["tokens_per_second"])) for k in new}
+    systems = before["systems"] | {k: now["systems"][k] for k in new}
+    return before | dict(
+        systems={k: systems[k] for k in TITLES if k in systems}, cost=before["cost"] | cost,
+        against=before["against"] | {k: now["against"][k] for k in new},
+        added=before.get("added", {}) | {k: now["commit"] for k in new})
+
+def frozen_settings(args) -> dict: # as choose_default.json
+    "What `choose` chose."
     path = args.out/"choose_default.json"
     if not path.exists():
         raise TitaError(f"{path}: no settings to test; `python scripts/study_world.py choose` makes them")
-    frozen = json.loads(path.read_text())
-    found = tested_before(frozen["chosen"], args) | in_parallel(partial(tested, chosen=frozen["chosen"]), args)
-    found = dict(sorted(found.items()))
+    return json.loads(path.read_text())
+
+def test(args):
+    "The frozen settings on test scenes; a seed that was tested with them before keeps its row."
+    frozen = frozen_settings(args)
+    if args.systems:
+        before = results_before(args, "study_world.json", scenes=args.scenes, pairs=args.pairs)["seeds"]
+    found = in_parallel(partial(tested, chosen=frozen["chosen"]), args)
+    if args.systems:
+        found = {seed: rows_added(told, before[str(seed)], seed) for seed, told in found.items()}
+    found = dict(sorted((tested_before(frozen["chosen"], args) | found).items()))
     fresh = [seed for seed in found if seed not in frozen["seeds"]]
     summed, run = summed_up(found), run_info()
     made = dict(chosen=frozen["chosen"], scenes=args.scenes, pairs=args.pairs, fresh=fresh)
@@ -424,7 +532,11 @@ def main():
     p.add_argument("--scenes", type=int, default=1500, help="test scenes of a seed")
     p.add_argument("--runs", type=Path, default=ROOT/"runs"/"study_world")
     p.add_argument("--out", type=Path, default=ROOT/"results")
+    p.add_argument("--systems", nargs="*", default=[], choices=TITLES, metavar="NAME",
+                   help="only these, beside the results that are there: " + ", ".join(TITLES))
     args = p.parse_args()
+    if args.systems:
+        args.rivals = [kind for kind in RIVALS if any(kind in name for name in args.systems)]
     torch.set_num_threads(1)
     if args.what == "train":
         for seed in args.seed:

@@ -65,6 +65,25 @@ def test_interrupted_by_a_signal(tmp_path):
     assert "world_caption" in tita_eval("run", "world_caption", "--limit", 5, "--out", tmp_path, "--lam", "0")
 
 
+ABOUT = """
+import json
+from tita.eval.eval_cli import Options, local_systems
+from tita.eval.systems import BASELINES
+options = Options(lam="0,0.3,default", baselines=",".join(BASELINES), best_of=2, sentences=2)
+print(json.dumps({s.name: s.about for s in local_systems(options)}))
+"""
+
+
+def test_what_answers_depend_on_is_the_same_in_another_process():
+    "Or a run that goes on would ask everything again: every baseline and search tells itself without an address."
+    env = os.environ | {"TITA_PROGRESS": "0", "PYTHONPATH": str(ROOT)}
+    one, other = (subprocess.run([sys.executable, "-c", ABOUT], env=env, capture_output=True, text=True).stdout
+        for _ in range(2))
+    told = json.loads(one)
+    assert one == other and len(told) == 4 + 6 + 2 and " at 0x" not in one
+    assert len({json.dumps(about) for about in told.values()}) == len(told)
+
+
 def test_over_an_endpoint(tmp_path):
     "The same face for a server; its failures are told and counted as wrong."
     with StandIn() as server:
@@ -175,6 +194,89 @@ def test_what_is_given_wrongly(args, told, tmp_path):
     assert told in said and "Traceback" not in said
 
 
+ASKED = [dict(question_id=i, image=None, text="Is there a ball?", answer="yes") for i in range(3)]
+LINES = "".join(json.dumps(r) + "\n" for r in ASKED)
+LAST = json.dumps(ASKED[-1])
+
+
+def changed(**field):
+    return LINES.replace(LAST, json.dumps(ASKED[-1] | field)).encode()
+
+
+@pytest.mark.parametrize("raw", [LINES.encode(), b"\xef\xbb\xbf" + LINES.encode(), LINES.replace("\n", "\r\n").encode(),
+    LINES.replace("\n", "\n\n").encode(), changed(answer=["yes", "yes"])])
+def test_question_files_as_editors_write_them(raw, tmp_path):
+    from tita.eval.tasks import file_task, task_questions
+    (tmp_path/"mine.jsonl").write_bytes(raw)
+    questions, unknown = task_questions(file_task(tmp_path/"mine.jsonl"))
+    assert [q["question_id"] for q in questions] == [0, 1, 2] and not unknown
+
+
+@pytest.mark.parametrize("raw, told", [
+    (LINES.encode() + b'{"question_id": 9, "image": null, "text": "caf\xe9"}', "mine.jsonl:4: not UTF-8"),
+    (LINES.encode()[:-9], "mine.jsonl:3: not JSON"), (b"[1]", "mine.jsonl:1: a row is a JSON object"),
+    (changed(question_id="0"), "row 3: question_id '0' is there twice"),
+    (changed(question_id=float("nan")), "row 3 has the question_id nan"),
+    (changed(question_id=[1]), "row 3 has the question_id [1]"), (changed(image=7), "row 3 has the image 7"),
+    (changed(text=" "), "row 3 asks ' ', which is no text"), (changed(answer=dict(a=1)), "row 3: an answer is a text"),
+    (b"", "none of 0 questions has a known answer")])
+def test_question_files_that_are_none(raw, told, tmp_path):
+    "Each is told with its row or line, before anybody is asked."
+    from tita.core import TitaError
+    from tita.eval.tasks import file_task, task_questions
+    (tmp_path/"mine.jsonl").write_bytes(raw)
+    with pytest.raises(TitaError) as e:
+        task_questions(file_task(tmp_path/"mine.jsonl"))
+    assert told in str(e.value)
+
+
+@pytest.mark.parametrize("answer", [None, "", float("nan"), []])
+def test_a_row_without_truth_is_left_out_and_counted(answer, tmp_path):
+    from tita.eval.tasks import file_task, task_questions
+    (tmp_path/"mine.jsonl").write_bytes(changed(answer=answer))
+    questions, unknown = task_questions(file_task(tmp_path/"mine.jsonl"))
+    assert [q["question_id"] for q in questions] == [0, 1] and unknown == 1
+
+
+def test_a_task_file_of_another_version(tmp_path):
+    "The same name and ids, and another truth: not scored as the file that was asked, and not compared with it."
+    file, said = tmp_path/"mine.jsonl", tmp_path/"said.jsonl"
+    said.write_text("".join(json.dumps(dict(question_id=i, answer="yes")) + "\n" for i in range(3)))
+    for run, raw in (("old", LINES.encode()), ("new", changed(answer="no"))):
+        file.write_bytes(raw)
+        tita_eval("score", tmp_path/run, "--include", file, "--task", "mine", "--answers", said)
+    assert "run it again" in " ".join(tita_eval("score", tmp_path/"old", "--include", file, code=2).split())
+    assert "run both anew" in " ".join(tita_eval("compare", tmp_path/"old", tmp_path/"new", code=2).split())
+
+
+def test_three_runs_side_by_side(tmp_path):
+    "One system of two runs is one row; another one of its name is called by where it lies; what only one has is told."
+    from tita.eval.eval_cli import gather
+    from tita.eval.eval_runs import Run, score_run, take_answers
+    from tita.eval.tasks import TASKS, task_questions
+    questions = {t: task_questions(TASKS[t], limit=12)[0] for t in ("world_pope_random", "world_color")}
+    wrong = dict(yes="no", no="yes")
+    def run(folder, task, right):
+        said = [dict(question_id=q["question_id"], answer=q["truth"] if i < right else wrong[q["truth"]])
+            for i, q in enumerate(questions[task])]
+        folder.parent.mkdir(exist_ok=True)
+        (folder.parent/"said.jsonl").write_text("\n".join(map(json.dumps, said)))
+        take_answers(Run(folder, limit=12), TASKS[task], folder.parent/"said.jsonl", "it")
+        score_run(folder)
+        return folder
+    x, y, z = (run(tmp_path/n/"run", "world_pope_random", right) for n, right in (("x", 6), ("y", 6), ("z", 12)))
+    names = f"{x}: it", f"{z}: it"
+    assert list(gather([x, y, z])[0]) == list(names)
+    other = run(tmp_path/"other", "world_color", 12)
+    systems, tasks, _ = gather([x, y, z, other])
+    assert [list(of) for of in systems.values()] == [["world_pope_random", "world_color"], ["world_pope_random"]]
+    told = tita_eval("compare", x, y, z, other, "--out", tmp_path/"all")
+    assert f"{z}: it" in told and "over the 1 comparisons" in told and "Left out: world_color" in told
+    assert [r["direction"] for r in read_jsonl(tmp_path/"all/flipped.jsonl")] == ["better"] * 6
+    assert {p.name for p in (tmp_path/"all").iterdir()} == {f"comparison.{e}" for e in ("json", "md")} | {
+        "flipped.jsonl", "gallery.html"}
+
+
 SAID = st.sampled_from(["Yes.", "no", "", "a dog"])
 
 
@@ -218,7 +320,7 @@ def test_the_run_notebook(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads((tmp_path/"run/seed0/results.json").read_text())
     for task in ("world_caption", "world_text_only"):
-        assert list(found["scores"][task]) == ["base", "reward alone", "λ=0.5", "vcd", "best of 2"]
+        assert list(found["scores"][task]) == ["base", "λ=0.5", "reward alone", "vcd", "best of 2"]
     base, _, processor = load_models(0)
     rows = world_rows(kind="caption", scenes=6)
     said = AlignedDecoder(base, processor=processor).generate([r["image"] for r in rows], [r["text"] for r in rows], 64,

@@ -18,13 +18,14 @@ from tita.core import read_jsonl
 ROOT = Path(__file__).resolve().parent.parent
 CODE = "from tita.eval.eval_cli import main; main()"
 ASKED = "run", "world_color,world_pope_random,world_pope_popular", "--limit", "20", "--lam", "0,0.3"
+TALKS = "run", "mt_bench", "--lam", "0", "--limit", "16", "--data"
 with_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is not installed: 'tita[ray]'")
 
 
-def start(out, *args, **more):
+def start(out, *args, asked=ASKED, **more):
     env = os.environ | {"TITA_PROGRESS": "0", "PYTHONPATH": str(ROOT)} | more
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, "-c", CODE, *ASKED, "--out", str(out), *args], env=env, **pipes)
+    return subprocess.Popen([sys.executable, "-c", CODE, *asked, "--out", str(out), *args], env=env, **pipes)
 
 
 def ended(process, code=0):
@@ -89,6 +90,32 @@ def test_a_killed_worker_and_a_killed_run(alone, cluster, tmp_path):
     rows = read_jsonl(answers)
     assert set(Counter(r["key"] for r in rows).values()) == {1} and len(rows) == whole
     assert samples(tmp_path) == samples(alone) and scores(tmp_path) == scores(alone)
+
+
+@pytest.mark.slow
+@with_ray
+def test_conversations_whose_run_was_killed_between_two_turns(cluster, tmp_path):
+    "Second questions go to the workers after the first answers that are in the file; each answer is there once."
+    head, place = cluster
+    folder = tmp_path/"data/mt_bench"
+    folder.mkdir(parents=True)
+    turns = [["Describe the image.", f"Is there {'a very, very' * i} red ball?"] for i in range(8)]
+    rows = [dict(question_id=i, category="writing", turns=[f"{i}: {a}", b]) for i, (a, b) in enumerate(turns)]
+    (folder/"question.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = *TALKS, str(tmp_path/"data")
+    ended(start(tmp_path/"alone", asked=asked))
+    out = tmp_path/"crew"
+    answers, whole, command = out/"answers.jsonl", whole_lines(tmp_path/"alone/answers.jsonl"), ("--actors", "2")
+    first = start(out, *command, "--batch", "2", asked=asked, **place)
+    wait_for(whole // 2 + 2, answers, first)
+    first.kill()
+    first.communicate()
+    kept = whole_lines(answers)
+    assert whole // 2 < kept < whole, "it was killed too late"
+    ended(start(out, *command, asked=asked, **place))
+    rows = read_jsonl(answers)
+    assert set(Counter(r["key"] for r in rows).values()) == {1} and len(rows) == whole == 2 * 16
+    assert samples(out) == samples(tmp_path/"alone")
 
 
 def test_without_ray_the_cure_is_told(tmp_path):

@@ -386,6 +386,21 @@ def test_a_judge_that_sees_the_picture(mmhal, tmp_path):
     assert [r.get("image") for r in kept if "you see," in r["prompt"]].count("4.png") == 2
 
 
+@pytest.mark.slow
+def test_the_run_notebook_asks_a_server_and_a_judge_that_sees(mmhal, tmp_path):
+    "nbs/runs/evaluate.ipynb over an endpoint: the judge's figures are those of the pictures that it was shown."
+    with Sighted() as server:
+        given = dict(out=tmp_path/"run", data=mmhal, tasks="mmhal", model="stand-in", endpoint=server.url, passes=1,
+            baselines="[]", best_of=0, sentences=0, judge=server.url, judge_model="stand-in", judge_sees="true")
+        named = [x for k, v in given.items() for x in ("-p", k, str(v))]
+        command = [sys.executable, "scripts/run_notebook.py", "nbs/runs/evaluate.ipynb", tmp_path/"n.ipynb", *named]
+        env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | {"PYTHONPATH": str(ROOT)}
+        run = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stdout + run.stderr
+    [figures] = results(tmp_path/"run")["scores"]["mmhal"].values()
+    assert figures["score"]["value"] == pytest.approx(4) and "seeing the pictures" in run.stderr
+
+
 def test_a_picture_outside_its_folder_is_never_shown(mmhal, tmp_path):
     "A link that leaves the folder of images is a failed judgement that says so; nothing of it is sent."
     out = tmp_path/"run"

@@ -94,9 +94,9 @@ def test_study_of_rewards(tmp_path):
 
 @pytest.mark.slow
 def test_study_of_the_world(tmp_path):
-    "Small: settings are chosen and written down, then tested; a test without settings is refused by name."
+    "Small: settings are chosen, written down and tested, rows added; no settings, or others, are refused by name."
     folders = ["--runs", tmp_path/"runs", "--out", tmp_path/"results"]
-    small = ["--seed", "0", "1", "--pairs", "6", "--rivals", "sft", *folders]
+    small = ["--seed", "0", "1", "--pairs", "6", "--rivals", *folders]
     def study(what, *more):
         command = [sys.executable, "scripts/study_world.py", what, *map(str, [*small, *more])]
         return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
@@ -105,7 +105,15 @@ def test_study_of_the_world(tmp_path):
     for what, more in (("choose", ("--valid", 6)), ("test", ("--scenes", 6))):
         run = study(what, *more)
         assert run.returncode == 0, run.stderr[-3000:]
+    other = study("choose", "--valid", 7, "--systems", "sft")
+    assert other.returncode == 2 and "--valid 6, not 7" in other.stderr, other.stderr[-2000:]
+    first = json.loads((tmp_path/"results"/"study_world.json").read_text())
+    for what, more in (("choose", ("--valid", 6)), ("test", ("--scenes", 6))):
+        run = study(what, *more, "--systems", "sft")
+        assert run.returncode == 0, run.stderr[-3000:]
     chosen = json.loads((tmp_path/"results"/"choose_default.json").read_text())["chosen"]
     found = json.loads((tmp_path/"results"/"study_world.json").read_text())
+    assert "sft" not in first["summed"] and found["summed"].keys() == {"sft"} | first["summed"].keys()
+    assert found["summed"]["aligned"] == first["summed"]["aligned"]
     assert found["chosen"] == chosen and {"base", "aligned", "foreign", "vcd", "best_of"} <= set(found["summed"])
     assert all(cell["delta"] == 0 for told in found["seeds"].values() for cell in told["systems"]["base"].values())

@@ -83,7 +83,7 @@ def error_row(task: dict, why: str) -> dict:
 @dataclass
 class LocalEngine:
     "Answers with a transformers model in this process, over `decode`'s engine."
-    model: object # AutoModelForImageTextToText
+    model: object # AutoModelForImageTextToText, or an `AlignedDecoder`, whose `slots` are set
     processor: object # of the model
     images: object # folder, or a mapping from name to Pillow image
     names: list # all image names, sorted: for the view `swap`
@@ -95,8 +95,9 @@ class LocalEngine:
     model_name: str | None = None # for the answer rows; None: what the model was loaded from
 
     def __post_init__(self):
-        self.decoder = AlignedDecoder(self.model, processor=self.processor)
-        self.model_name = self.model_name or name_of(self.model)
+        is_aligned = isinstance(self.model, AlignedDecoder)
+        self.decoder = self.model if is_aligned else AlignedDecoder(self.model, processor=self.processor)
+        self.model_name = self.model_name or name_of(self.decoder.base) + "-aligned" * is_aligned
         if isinstance(self.images, (str, Path)):
             self.images = ImageFolder(self.images)  # listed once
 
@@ -238,7 +239,7 @@ def _answered(engine: LocalEngine, tasks: list[dict], path: Path, strict: bool =
 
 # %% ../../nbs/data/42_answers.ipynb #fe941728
 def generate_answers(
-    model, # AutoModelForImageTextToText
+    model, # AutoModelForImageTextToText, or an `AlignedDecoder`: on-policy pairs of the aligned model
     processor, # of the model
     questions: list[dict], # rows with question_id, image, text; see `tita.data.sources`
     images, # folder, or a mapping from name to Pillow image

@@ -13,9 +13,8 @@ from typing import Annotated
 import typer
 from ..core import TitaError, commands, option, read_jsonl, seed_for, stable_hash, write_json
 from . import judged, pairs, sources
-from ..models import short_name
 from ..options import BaseUrl, Concurrency, Device, Dtype, Images, KeyEnv
-from ..options import MaxRps, Retries, Seed, Temperature, Timeout, from_options
+from ..options import MaxRps, Ref, Retries, Reward, Seed, Temperature, Timeout, from_options
 from ..preferences import Aside, question_rows
 from ..rows import ImageFolder, iter_records, read_rows
 
@@ -149,7 +148,8 @@ class Asked:
 # %% ../../nbs/data/46_data_cli.ipynb #4ec7d407
 @app.command("generate")
 def generate_command(
-    questions: _arg(Path, "question file"), images: Images, out: Out, model: Model,
+    questions: _arg(Path, "question file"), images: Images, out: Out,
+    model: Model, reward: Reward = None, ref: Ref = None,
     view: Views = ["clean", "diffusion-800"], engine: Engine = "transformers",
     samples: Samples = 1, temperature: Temperature = 0., top_p: TopP = 1., max_new_tokens: Longest = 512,
     batch_size: Batch = 128, seed: Seed = 0, shard: Shard = None, skip_bad: SkipBad = False,
@@ -165,9 +165,9 @@ def generate_command(
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     server = dict(base_url=base_url, key_env=key_env, concurrency=concurrency, max_rps=max_rps)
     patience, cluster = dict(timeout=timeout, retries=retries), dict(actors=actors, gpus=gpus)
-    how = batch_size, server, patience, cluster, dict(device=device, dtype=dtype)
+    how = batch_size, server, patience, cluster, dict(device=device, dtype=dtype), dict(reward=reward, ref=ref)
     who = answerers.build_engine(engine, model, images, asked.names, settings, *how)
-    keep = {"engine": engine, "model": short_name(model), "questions": questions.name}
+    keep = {"engine": engine, "model": answerers.called(model, how[-1]), "questions": questions.name}
     finish(answers.run_engine(who, tasks, out, keep | settings), out, asked.places)
     if asked.left_out:
         raise typer.Exit(1)

@@ -111,7 +111,8 @@ class Encoder:
         self.processor, self.image_token, self.system = processor, image_token, system
         self.own = with_own_tokenizer(processor)
         self.tokenizer = getattr(self.own, "tokenizer", self.own)
-        self.plain, self.proof = {}, []  # shared by copies: ids of questions, and whether the quick way was right
+        # shared by copies: ids of questions, whether the quick way was right, shape of a view -> an image's tokens
+        self.plain, self.proof, self.views = {}, [], {}
         self.pixels, self.spans = {}, {}  # of images, by key
 
     def fresh(self):
@@ -186,12 +187,54 @@ def see(self: Encoder,
 @patch
 def _see_single(self: Encoder, images: dict, question: str):
     "Images that each stand alone in their prompts."
-    plain, text = self.tokenize([(question, 1)])[question, 1], self.text(question, 1)
-    ids, pixels = self._process([text] * len(images), list(images.values()))
-    parts = _split(pixels, len(images)) or [self._process([text], [im])[1] for im in images.values()]
+    quick = self._see_without_text(list(images.values()))
+    if quick:
+        parts, spans = quick
+    else:
+        parts, spans = self._see_beside(list(images.values()), question)
     self.pixels.update(zip(images, parts))
-    for k, row in zip(images, ids):
-        self.spans[k] = _span(plain, row, self.image_token)
+    self.spans.update(zip(images, spans))
+
+# %% ../../nbs/decode/08_prompts.ipynb #08a70012
+def _view(pixels: dict, n: int) -> tuple | None: # (channels, height, width)
+    "The shape of an image, if each is one view and the processor tells nothing else of it."
+    views = pixels.get("pixel_values")
+    if set(pixels) != {"pixel_values"} or not torch.is_tensor(views) or views.ndim != 4 or len(views) != n:
+        return None
+    return tuple(views.shape[1:])
+
+@patch
+def _without_text(self: Encoder, images: list) -> dict:
+    return dict(self.own.image_processor(images, return_tensors="pt"))
+
+@patch
+def _see_without_text(self: Encoder, images: list) -> tuple[list, list] | None: # as `_see_beside`; None: not known
+    "By the image processor alone."
+    if not any(self.views.values()):
+        return None
+    pixels, n = self._without_text(images), len(images)
+    span = self.views.get(_view(pixels, n))
+    return span and (_split(pixels, n), [span] * n)
+
+# %% ../../nbs/decode/08_prompts.ipynb #08a70014
+@patch
+def _see_beside(self: Encoder, images: list, question: str) -> tuple[list, list]: # pixels and `_span` of each
+    plain, text = self.tokenize([(question, 1)])[question, 1], self.text(question, 1)
+    ids, pixels = self._process([text] * len(images), images)
+    parts = _split(pixels, len(images)) or [self._process([text], [im])[1] for im in images]
+    spans = [_span(plain, row, self.image_token) for row in ids]
+    self._compare_views(images, pixels, spans)
+    return parts, spans
+
+@patch
+def _compare_views(self: Encoder, images: list, pixels: dict, spans: list):
+    "Note what the image processor may do alone for images of this shape: the span of each, or None."
+    shape = _view(pixels, len(images))
+    if shape is None or shape in self.views or not hasattr(self.own, "image_processor"):
+        return
+    alone = self._without_text(images)
+    same = alone.keys() == pixels.keys() and torch.equal(alone["pixel_values"], pixels["pixel_values"])
+    self.views[shape] = spans[0] if same and len(set(spans)) == 1 else None
 
 # %% ../../nbs/decode/08_prompts.ipynb #654508e8
 @patch

@@ -20,7 +20,7 @@ from .evaluation import SPLITS, pope_file
 from .judged_sets import json_at, task_row
 from .judging import BESIDE, judged_grades, judged_pairs
 from .metrics import exact_match, object_finder, read_synonyms, vqa_accuracy
-from .tasks import CHAIR, CHOICE_PARSERS, OPTION_LETTERS, NOTHING, YES_NO, Task, as_written
+from .tasks import CHAIR, CHOICE_PARSERS, LABELS, OPTION_LETTERS, NOTHING, YES_NO, Task, as_written
 from .tasks import captions, choice, graded, register, text_only, yes_no_scores
 
 # %% ../../nbs/eval/63_benchmarks.ipynb #e6300007
@@ -129,7 +129,7 @@ def scienceqa_rows(folder: Path) -> list[dict]:
         return task_row(name, image, p["question"], p.get("answer"), options=p["choices"], hint=p.get("hint", ""))
     return [row(n, problems[n]) for n in names]
 
-register(Task("scienceqa", "1", "ScienceQA test, with and without pictures", scienceqa_rows, lettered, choice,
+register(Task("scienceqa", "2", "ScienceQA test, with and without pictures", scienceqa_rows, lettered, choice,
     needs=("scienceqa/problems.json", "scienceqa/pid_splits.json", "scienceqa/test"), images="scienceqa/test",
     parsers=tuple(CHOICE_PARSERS), source="scienceqa.github.io"))
 
@@ -170,7 +170,7 @@ def mme_rows(folder: Path) -> list[dict]:
     return rows
 
 register(Task("mme", "1", "MME: 14 abilities, two questions an image", mme_rows, as_written, mme_score, needs=("mme",),
-    images="mme", parsers=("find", "exact", "pope"),
+    images="mme", parsers=("find", "exact", "pope"), **LABELS,
     source="github.com/BradyFU/Awesome-Multimodal-Large-Language-Models"))
 
 # %% ../../nbs/eval/63_benchmarks.ipynb #e6300025
@@ -192,7 +192,8 @@ def hallusion_score(rows: Sequence[Mapping], parser: str = "find") -> dict:
 
 register(Task("hallusion_bench", "1", "HallusionBench, yes and no, without its judge", hallusion_rows, in_a_word,
     hallusion_score, needs=("hallusion_bench/HallusionBench.json", "hallusion_bench/images"),
-    images="hallusion_bench/images", parsers=("find", "exact", "pope"), source="github.com/tianyi-lab/HallusionBench"))
+    images="hallusion_bench/images", parsers=("find", "exact", "pope"), **LABELS,
+    source="github.com/tianyi-lab/HallusionBench"))
 
 # %% ../../nbs/eval/63_benchmarks.ipynb #e6300028
 def _amber(folder: Path, generative: bool):
@@ -242,7 +243,8 @@ _AMBER = dict(images="amber/image", source="github.com/junyangwang0410/AMBER")
 _NEEDS = "amber/query/query_all.json", "amber/annotations.json", "amber/image"
 register(
     Task("amber_yes_no", "1", "AMBER, discriminative: existence, attributes, relations", amber_yes_no_rows, as_written,
-        partial(yes_no_scores, positive="no"), needs=_NEEDS, parsers=("find", "exact", "pope"), **_AMBER),
+        partial(yes_no_scores, positive="no"), needs=_NEEDS, parsers=("find", "exact", "pope"),
+        **_AMBER | LABELS),
     Task("amber_caption", "1", "AMBER, generative, with its associations only", amber_caption_rows, as_written,
         amber_captions, needs=(*_NEEDS, "amber/relation.json", "amber/safe_words.txt"), main="chair",
         lower=("chair", "hal", "cog"), max_new_tokens=512, **_AMBER))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'NOTE', 'GROUPS', 'PUBLISHED', 'swap_test', 'questions_needed', 'paired', 'by_image', 'compare_pair',
-           'compare_systems', 'comparison_rows', 'comparison_table', 'flipped', 'gallery', 'published_rows']
+           'compare_systems', 'comparison_note', 'comparison_rows', 'comparison_table', 'flipped', 'gallery',
+           'published_rows']
 
 # %% ../../nbs/eval/67_comparisons.ipynb #e6700003
 import math
@@ -69,7 +70,8 @@ def paired(
 # %% ../../nbs/eval/67_comparisons.ipynb #e6700032
 def by_image(rows: Sequence[Mapping], metrics: Sequence[str] | None = None) -> dict:
     "Metric -> (numerators, denominators) by image, as `metrics.bootstrap` takes them."
-    place = {s: i for i, s in enumerate(dict.fromkeys(r["scene"] for r in rows))}
+    scene_order = sorted({r["scene"] for r in rows}, key=lambda s: (type(s).__name__, s))
+    place = {s: i for i, s in enumerate(scene_order)}
     scenes = [place[r["scene"]] for r in rows]
     def column(metric, part):
         return [r["scores"][metric][part] for r in rows]
@@ -88,11 +90,11 @@ def compare_pair(
     a, b = paired(first, other, names)
     x, y = by_image(a), by_image(b)
     cells = bootstrap({"a": x, "b": y}, "a", n, seed)["systems"]
-    c, size = cells["b"][main], min(len(first), len(other))
+    c = cells["b"][main]
     known = c["delta"] is not None and c["delta_low"] is not None
     test = dict(questions=len(a), images=len(x[main][0]), unpaired=max(len(first), len(other)) - len(a),
         p=swap_test(y[main], x[main], seed=seed) if known else 1.,
-        needed=questions_needed(size, c["delta"], c["delta_low"], c["delta_high"]) if known else None)
+        needed=questions_needed(len(a), c["delta"], c["delta_low"], c["delta_high"]) if known else None)
     return dict(metrics=cells["b"], reference=cells["a"], test=test)
 
 # %% ../../nbs/eval/67_comparisons.ipynb #e6700034
@@ -112,14 +114,16 @@ def compare_systems(
 ) -> dict: # reference, tasks -> system -> metrics, reference, test (with p_holm and verdict)
     "Everybody against the first, task by task."
     reference, *others = systems
-    shared = [t for t in systems[reference] if all(t in systems[o] for o in others)]
-    if not others or not shared:
-        raise TitaError("there is nothing to compare: name two systems or more that answered the same task")
+    shared = {t: of for t in systems[reference] if (of := [o for o in others if t in systems[o]])}
+    if not shared:
+        cure = "name two systems or more that answered the same task, and score them (tita-eval score RUN)"
+        raise TitaError(f"there is nothing to compare; {cure}")
     found = {t: {o: compare_pair(systems[reference][t], systems[o][t], tasks[t]["main"], (reference, o), n, seed)
-        for o in others} for t in shared}
+        for o in of} for t, of in shared.items()}
     cells = [(t, c) for t, of in found.items() for c in of.values()]
     _judge(cells, tasks)
-    return dict(reference=reference, tasks=found, main={t: tasks[t]["main"] for t in shared}, family=len(cells))
+    return dict(reference=reference, tasks=found, main={t: tasks[t]["main"] for t in shared}, family=len(cells),
+        left_out=[t for t in tasks if t not in shared])
 
 # %% ../../nbs/eval/67_comparisons.ipynb #e6700023
 def _figure(c: Mapping, delta: bool = False) -> str:
@@ -137,7 +141,8 @@ def _row(name: str, main: str, c: Mapping) -> list[str]:
     mark = {"better": "better *", "worse": "worse *"}.get(test["verdict"], test["verdict"])
     p = [f"{test[k]:.4f}" for k in ("p", "p_holm")]
     needed = f"{test['needed']:,}" if test["needed"] else "-"
-    return ["", name, _figure(cell), _figure(cell, True), *p, mark, needed, _beside(c["metrics"], main)]
+    shared = f" on the {test['questions']} questions of both" if test["unpaired"] else ""
+    return ["", name, _figure(cell) + shared, _figure(cell, True), *p, mark, needed, _beside(c["metrics"], main)]
 
 # %% ../../nbs/eval/67_comparisons.ipynb #e6700036
 COLUMNS = ("task", "system", "score [95%]", "difference [95%]", "p", "p (Holm)", "verdict", "questions it takes",
@@ -146,12 +151,18 @@ NOTE = ("Intervals: bootstrap over images. p: paired swaps over images, correcte
     "comparisons with {reference}; * marks what survives at 5%. Where the verdict is no difference, no system is "
     "ahead.")
 
+def comparison_note(compared: Mapping) -> str:
+    "What the table's marks mean, and what is not in it."
+    lost = ", ".join(compared.get("left_out", ()))
+    why = f" Left out: {lost}, which {compared['reference']} or everybody else has no scored answers to."
+    return NOTE.format(**compared) + why * bool(lost)
+
 def comparison_rows(compared: Mapping) -> list[list[str]]:
     "The table's rows, the reference first in each task."
     rows = []
     for task, of in compared["tasks"].items():
         main = compared["main"][task]
-        first = next(iter(of.values()))["reference"]
+        first = max(of.values(), key=lambda c: c["test"]["questions"])["reference"]
         given = f"{task}: {main}", compared["reference"], _figure(first[main])
         rows.append([*given, *["-"] * 5, _beside(first, main)])
         rows += [_row(name, main, c) for name, c in of.items()]
@@ -159,8 +170,9 @@ def comparison_rows(compared: Mapping) -> list[list[str]]:
 
 def comparison_table(compared: Mapping) -> str:
     "The table in Markdown, with what its marks mean."
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *comparison_rows(compared)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + (f"\n\n{NOTE.format(**compared)}")
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in comparison_rows(compared)] # names are anybody's
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{comparison_note(compared)}"
 
 # %% ../../nbs/eval/67_comparisons.ipynb #e6700026
 def _value(row: Mapping, main: str, lower: bool) -> float:
@@ -179,9 +191,9 @@ def flipped(
     "Questions that a system answers better or worse than the first."
     reference, *others = systems
     found = []
-    for task in (t for t in systems[reference] if all(t in systems[o] for o in others)):
+    for task in systems[reference]:
         main, lower = tasks[task]["main"], tasks[task]["main"] in tasks[task]["lower"]
-        for name in others:
+        for name in (o for o in others if task in systems[o]):
             for a, b in zip(*paired(systems[reference][task], systems[name][task], (reference, name))):
                 known = _is_known(a, main) and _is_known(b, main)
                 if known and (change := _value(b, main, lower) - _value(a, main, lower)):
@@ -238,7 +250,7 @@ def gallery(
     page.section("Questions")
     page.parts.append(Markup(templates().get_template("gallery.html").render(groups=groups, cards=cards)))
     figures = [row[:-1] for row in comparison_rows(compared)]
-    return page.section("Figures", NOTE.format(**compared)).table(figures, COLUMNS[:-1]).html()
+    return page.section("Figures", comparison_note(compared)).table(figures, COLUMNS[:-1]).html()
 
 # %% ../../nbs/eval/67_comparisons.ipynb #e6700040
 _SEVA = "llava_bench mm_vet mmbench mmbench_cn pope seed shr scienceqa gqa".split()
@@ -250,13 +262,13 @@ PUBLISHED = [ # model, benchmark, figure, source
         for name, figures in _SEVA_FIGURES.items() for b, v in zip(_SEVA, figures)),
     ("TITA on LLaVA-1.5-7B", "mm_vet", "+8.6%", "abstract, arXiv 2510.21794"),
     ("TITA on LLaVA-1.5-7B", "pope", "+6.7%", "abstract, arXiv 2510.21794"),
-    ("LLaVA-1.5 + DPO (mllm-dpo)", "mt_bench", "6.73", "abstract, arXiv 2402.10884 (Vicuna 6.57, LLaVA 5.99); "
-        "both turns, where ours is the first"),
+    ("LLaVA-1.5 + DPO (mllm-dpo)", "mt_bench", "6.73", "abstract, arXiv 2402.10884 (Vicuna 6.57, LLaVA 5.99)"),
     ("LLaVA-1.5 + DPO (mllm-dpo)", "mm_vet", "+4.9%", "abstract, arXiv 2402.10884"),
     ("LLaVA-1.5 + DPO (mllm-dpo)", "llava_bench", "+6%", "abstract, arXiv 2402.10884")]
 
 # %% ../../nbs/eval/67_comparisons.ipynb #e6700043
 _AS_PUBLISHED = dict(pope="f1") # whose main figure is another one than ours
+_SPLITS = dict(pope=("random", "popular", "adversarial")) # the figure is their mean
 
 def published_rows(
     scores: Mapping = {}, # task -> system -> metric -> cell, as results.json has them
@@ -267,9 +279,11 @@ def published_rows(
         for model, b, figure, source in PUBLISHED]
 
 def _ours(benchmark: str, scores: Mapping, main: Mapping) -> str:
-    found = {}
-    for task in (t for t in scores if t == benchmark or t.startswith(f"{benchmark}_")):
-        for system, cells in scores[task].items():
+    found, splits = {}, _SPLITS.get(benchmark, ())
+    ran = [s for s in splits if f"{benchmark}_{s}" in scores]
+    for task in [f"{benchmark}_{s}" for s in ran] or [benchmark]:
+        for system, cells in scores.get(task, {}).items():
             value = cells[_AS_PUBLISHED.get(benchmark, main[task])]["value"]
             found.setdefault(system, []).append(value if value is not None else math.nan)
-    return ", ".join(f"{system} {np.mean(values):.1f}" for system, values in found.items())
+    only = f" ({', '.join(ran)} only)" * (len(ran) < len(splits))
+    return ", ".join(f"{system} {np.mean(values):.1f}{only}" for system, values in found.items())

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUBMISSIONS', 'sample_rows', 'scored', 'metric_figures', 'read_samples', 'read_run', 'Run', 'AskJob', 'Interviewer',
-           'Crew', 'AskedAhead', 'jobs_for', 'ask_crew', 'predict', 'about_task', 'run_tasks', 'judge_task',
-           'score_run', 'results_lines', 'take_answers', 'write_submission', 'write_mmbench']
+           'Crew', 'AskedAhead', 'asked_next', 'jobs_for', 'ask_crew', 'predict', 'about_task', 'run_tasks',
+           'judge_task', 'score_run', 'results_lines', 'take_answers', 'write_submission', 'write_mmbench']
 
 # %% ../../nbs/eval/68_eval_runs.ipynb #e6800003
 import csv, json, re
@@ -15,10 +15,10 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
-from ..cluster import jobs_by_image, over_workers, ray_running
+from ..cluster import groups_by_image, jobs_by_image, over_workers, ray_running
 from ..core import JsonlWriter, TitaError, progress, read_jsonl, run_info, stable_hash, write_json, write_jsonl
 from ..core import write_text
-from .asking import Pictures, Plan, ask_system, kept_row, plan_keys
+from .asking import Pictures, Plan, ask_system, kept_answers, kept_row, plan_keys
 from .evaluation import Said
 from .judging import all_answers, judge_counts, judgements
 from .metrics import bootstrap, normalise
@@ -151,15 +151,40 @@ class AskedAhead:
         yield from (Said("", self.lost.get(r["question_id"], "no worker answered"), r) for r in rows)
 
 # %% ../../nbs/eval/68_eval_runs.ipynb #e680009d
-def jobs_for(systems: Sequence, run: Run, ready: Sequence[tuple], done: set, workers: int) -> list[AskJob]:
-    "What is not in the file yet, each question once."
-    jobs, taken = [], set(done)
+def asked_next(
+    system, # with `about`
+    task: Task, # whose questions these are
+    rows: Sequence[Mapping], # of `Plan.samples`
+    pictures: Pictures, # theirs
+    plan: Plan, # how is asked
+    said: Mapping[str, Mapping], # key -> row with `answer`
+) -> dict: # key -> what is shown to the system
+    "What has no answer yet; of a conversation its first question without one."
+    due = {}
+    def look_up(rows):
+        keys, shown, _ = plan_keys(system, task, rows, pictures, plan)
+        due.update({k: r for k, r in shown.items() if k not in said})
+        return {i: said[k] for i, k in keys.items() if k in said}, {}
+    in_turns(look_up, rows)
+    return due
+
+# %% ../../nbs/eval/68_eval_runs.ipynb #e68000a2
+def jobs_for(
+    systems: Sequence, # with `about`
+    run: Run, # how
+    ready: Sequence[tuple], # tasks and their questions
+    said: Mapping[str, Mapping], # key -> row of the file
+    tried: set, # keys that are not asked again
+    workers: int, # how many
+) -> list[AskJob]:
+    "What can be asked now and is not in the file, each question once."
+    jobs, taken = [], set(tried)
     for n, (task, questions) in ((n, pair) for n in range(len(systems)) for pair in ready):
         pictures = run.pictures(task)
-        _, shown, _ = plan_keys(systems[n], task, run.plan.samples(questions), pictures, run.plan)
-        rows = [r | {"image": pictures.file(r["image"])} for key, r in shown.items() if key not in taken]
-        taken |= shown.keys()
-        images = run.plan.batch * len({r["image"] for r in rows}) // max(1, len(rows))
+        due = asked_next(systems[n], task, run.plan.samples(questions), pictures, run.plan, said)
+        rows = [r | {"image": pictures.file(r["image"])} for key, r in due.items() if key not in taken]
+        taken |= due.keys()
+        images = run.plan.batch * len(groups_by_image(rows)) // max(1, len(rows))
         jobs += [AskJob(n, task.name, task.max_new_tokens, part) for part in jobs_by_image(rows, images, workers)]
     return jobs
 
@@ -175,15 +200,16 @@ def _keep_results(results: Iterable, writer: JsonlWriter, systems: Sequence[Aske
 
 def ask_crew(crew: Crew, run: Run, ready: Sequence[tuple]) -> list[AskedAhead]:
     "Ask all systems all tasks over the workers. Raises `TitaError`, for instance where Ray is not installed."
-    if talks := [t.name for t, questions in ready if any(q.get("before") for q in questions)]:
-        raise TitaError(f"{talks[0]} asks one question after another, which workers cannot; ask it without actors")
+    turns, tried = 1 + max(len(q.get("before", ())) for _, questions in ready for q in questions), set()
     with crew.running(), JsonlWriter(run.out/"answers.jsonl", key="key") as writer:
         present, = crew.results([None], 1)
         systems = [AskedAhead(*who) for who in present]
-        jobs = jobs_for(systems, run, ready, writer.done, crew.workers)
-        desc = f"{len(systems)} systems, {crew.workers} workers"
-        with progress(total=sum(len(j.rows) for j in jobs), desc=desc, unit="question") as bar:
-            _keep_results(crew.results(jobs), writer, systems, bar)
+        for turn in range(turns):
+            jobs = jobs_for(systems, run, ready, kept_answers(writer.path), tried, crew.workers)
+            tried |= {r["question_id"] for j in jobs for r in j.rows}
+            desc = f"{len(systems)} systems, {crew.workers} workers" + f", turn {turn + 1}" * bool(turn)
+            with progress(total=sum(len(j.rows) for j in jobs), desc=desc, unit="question") as bar:
+                _keep_results(crew.results(jobs), writer, systems, bar)
     return systems
 
 # %% ../../nbs/eval/68_eval_runs.ipynb #e6800042
@@ -203,8 +229,9 @@ def predict(run: Run, task: Task, system, questions: Sequence[Mapping]) -> dict:
 def about_task(task: Task, questions: Sequence[Mapping], unknown: int, parser: str | None) -> dict:
     "What a result says about a task."
     kept = {k: getattr(task, k) for k in ("version", "main", "lower", "neutral", "images", "max_new_tokens", "source")}
-    return kept | dict(parser=parser_of(task, parser if parser in task.parsers else None), without_truth=unknown,
-        questions=len(questions), images_asked_about=len({q["scene"] for q in questions}), prompt=questions[0]["text"])
+    parser = parser_of(task, parser if parser in task.parsers else None)
+    return kept | dict(parser=parser, without_truth=unknown, judged=bool(task.judge), questions=len(questions),
+        images_asked_about=len({q["scene"] for q in questions}), prompt=questions[0]["text"])
 
 # %% ../../nbs/eval/68_eval_runs.ipynb #e6800044
 def run_tasks(
@@ -290,6 +317,8 @@ def score_run(
 ) -> dict: # what results.json holds
     "Score what a run has in its samples, and write results.json anew."
     results, out = read_run(out), Path(out)
+    if parser and not any(parser in TASKS[t].parsers for t in results["tasks"] if t in TASKS):
+        raise TitaError(f"{out}: none of its tasks ({', '.join(results['tasks'])}) knows the parser {parser!r}")
     results["data"] = str(data) if data else results.get("data")
     for name, about in results["tasks"].items():
         task = _same_version(out, name, about)
@@ -332,7 +361,8 @@ def results_lines(results: Mapping) -> list[str]:
     for task, about in results["tasks"].items():
         lines.append(_heading(task, about))
         if not results["scores"].get(task):
-            lines.append("  not judged yet; next: tita-eval score RUN --judge URL --judge-model ID")
+            state, judge = ("judged", " --judge URL --judge-model ID") if about.get("judged") else ("scored", "")
+            lines.append(f"  not {state} yet; next: tita-eval score RUN{judge}")
         for system, cells in results["scores"].get(task, {}).items():
             shown = [f"{m} {c['value']:.1f} [{c['low']:.1f}, {c['high']:.1f}]" for m, c in cells.items()
                 if c["value"] is not None and c["low"] is not None]
@@ -347,6 +377,8 @@ def take_answers(
     name: str, # what their system is called
 ):
     "Answers from elsewhere as a run that is not scored yet. Raises `TitaError` for answers to other questions."
+    if (run.out/"results.json").is_file() and (others := [s for s in read_run(run.out)["systems"] if s != name]):
+        raise TitaError(f"{run.out}: has the results of {others[0]!r}, which would be lost; name another folder")
     questions, unknown = task_questions(task, run.data, run.limit, run.offset)
     rows = read_jsonl(path, ("question_id",))
     join_answers(questions, rows, path)

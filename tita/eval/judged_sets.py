@@ -165,6 +165,8 @@ _BETTER = _PAIR.replace("{about}", "") + (
 def _turn_rows(row: Mapping, best: Sequence[str], scene: int) -> list[dict]:
     "Both turns of a question of MT-Bench; `best` are GPT-4's answers, if it has a right one."
     made, before = [], []
+    if not isinstance(row["turns"], list):
+        raise TitaError(f"MT-Bench's question {row['question_id']!r} has the turns {row['turns']!r}; they are a list")
     for n, text in enumerate(row["turns"], 1):
         right = best[n - 1] if best else ""
         rubric = "second" * (n > 1) + " reference" * bool(right)

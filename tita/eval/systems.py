@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'DISTURBANCE', 'fingerprint', 'System', 'metered', 'Baseline', 'disturbed', 'OtherView', 'other_picture',
-           'unsure_gate', 'guide_growing', 'ContrastDecoder', 'best_of', 'Begun', 'Continued', 'continuing',
-           'sentence_search', 'heard_options', 'likeliest', 'decoder_system']
+           'unsure_gate', 'guide_growing', 'ContrastDecoder', 'best_of', 'Begun', 'Continued', 'Growing', 'continuing',
+           'sentence_search', 'heard_options', 'likeliest', 'told', 'guided_how', 'decoder_system']
 
 # %% ../../nbs/eval/64_systems.ipynb #e6400003
 import hashlib, math
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 import torch
-from fastcore.basics import patch
+from fastcore.basics import chunked, patch
 from PIL import Image, ImageFilter
 from ..core import TitaError
 from ..decode.decoder import AlignedDecoder
@@ -162,19 +162,30 @@ def _arrange(self: ContrastDecoder):
 
 # %% ../../nbs/eval/64_systems.ipynb #e6400020
 def _drawn(base: AlignedDecoder, rows: Sequence[dict], n: int, **settings) -> list[list]: # for each row n outputs
-    "Draw `n` answers to each row. Raises `TitaError` if one fails."
-    asked = [r | {"question_id": (i, j), "sample": j} for i, r in enumerate(rows) for j in range(n)]
+    "Draw `n` answers to each row."
+    asked = [r | {"question_id": (i, j), "sample": n * r.get("sample", 0) + j} for i, r in enumerate(rows)
+        for j in range(n)]
     found = {o.question["question_id"]: o for o in base.answers(asked, draft=0, **settings)}
-    if bad := next((o for o in found.values() if o.error), None):
-        raise TitaError(bad.error)
     return [[found[i, j] for j in range(n)] for i in range(len(rows))]
 
-def _liked(decoder: AlignedDecoder, rows: Sequence[dict], texts: Sequence[list[str]]) -> list[int]:
+def _chosen(
+    decoder: AlignedDecoder, # with a reward
+    rows: Sequence[dict], # questions
+    drawn: Sequence[list], # outputs for each
+    texts: Sequence[list[str]], # what each output comes to
+) -> Iterator[tuple[int, str | None]]: # of each row which output, and why there is none
     "Of several answers to each row the one with the highest reward."
-    flat = [(r["image"], r["text"], t or " ") for r, some in zip(rows, texts) for t in some]
-    rewards = iter([o.reward for o in decoder.score(*map(list, zip(*flat)), errors="row")])
-    several = [[next(rewards) for _ in some] for some in texts]
-    return [max(range(len(s)), key=s.__getitem__) for s in several]
+    fine = [not any(o.error for o in some) for some in drawn]
+    flat = [(r["image"], r["text"], t or " ") for r, some, ok in zip(rows, texts, fine) if ok for t in some]
+    scored = iter(decoder.score(*map(list, zip(*flat)), errors="row") if flat else ())
+    for some, ok in zip(drawn, fine):
+        heard = [next(scored) for _ in some] if ok else some
+        why = next((o.error for o in heard if o.error), None)
+        yield 0 if why else max(range(len(heard)), key=lambda j: heard[j].reward), why
+
+def _at_once(rows: Iterable[dict], n: int, settings: dict) -> Iterator[list[dict]]:
+    "As many rows as have `window` answers together: they are told before the next are read."
+    return chunked(rows, max(1, settings.get("window", 256) // n))
 
 # %% ../../nbs/eval/64_systems.ipynb #e6400036
 def best_of(
@@ -184,10 +195,12 @@ def best_of(
     **settings, # of `AlignedDecoder.answers`
 ) -> Iterator[Said]:
     "The answer that the reward likes best among `n` of the base."
-    rows, settings = list(rows), dict(temperature=1.) | settings
-    texts = [[o.text for o in some] for some in _drawn(decoder.alone(), rows, n, **settings)]
-    for row, some, best in zip(rows, texts, _liked(decoder, rows, texts)):
-        yield Said(some[best], None, row)
+    settings = dict(temperature=1.) | settings
+    for some in _at_once(rows, n, settings):
+        drawn = _drawn(decoder.alone(), some, n, **settings)
+        texts = [[o.text for o in outs] for outs in drawn]
+        for row, said, (j, why) in zip(some, texts, _chosen(decoder, some, drawn, texts)):
+            yield Said("" if why else said[j], why, row)
 
 # %% ../../nbs/eval/64_systems.ipynb #e6400022
 class Begun(str):
@@ -208,6 +221,21 @@ class Continued(Encoder):
         text = super().text(question.asked, images)
         return f"{text} {question.said}" if question.said else text
 
+# %% ../../nbs/eval/64_systems.ipynb #e64000b2
+@dataclass
+class Growing:
+    "An answer that grows by sentences."
+    row: dict # the question
+    said: str = "" # so far
+    tokens: int = 0 # of it
+    ended: bool = False
+    why: str | None = None # there is no answer
+
+    def grow(self, text: str, output, why: str | None):
+        "Take what was chosen."
+        self.said, self.tokens = text, self.tokens + len(output.tokens)
+        self.why, self.ended = why, bool(why) or output.stats["finish"] != "stop"
+
 # %% ../../nbs/eval/64_systems.ipynb #e6400061
 def continuing(decoder: AlignedDecoder) -> AlignedDecoder: # the base alone
     "A decoder that goes on with answers that have begun."
@@ -216,35 +244,36 @@ def continuing(decoder: AlignedDecoder) -> AlignedDecoder: # the base alone
     base.encoders = [Continued(first.processor, first.image_token, first.system)]
     return base
 
-def _grown(said: str, output, end: str) -> str:
+def _longer(said: str, output, end: str) -> str:
     "What has been said, with one more sentence."
     more = output.text.strip() + (f" {end}" if output.stats["finish"] == "stop" else "")
     return f"{said} {more}".strip()
 
 # %% ../../nbs/eval/64_systems.ipynb #e6400038
+def _grow(decoder: AlignedDecoder, base: AlignedDecoder, growing: Sequence[Growing], n: int, end: str, **settings):
+    "One more sentence for each."
+    rows = [g.row for g in growing]
+    begun = [g.row | {"text": Begun(g.row["text"], g.said)} for g in growing]
+    drawn = _drawn(base, begun, n, stop=[end], **settings)
+    texts = [[_longer(g.said, o, end) for o in outs] for g, outs in zip(growing, drawn)]
+    for g, outs, some, (j, why) in zip(growing, drawn, texts, _chosen(decoder, rows, drawn, texts)):
+        g.grow(some[j], outs[j], why)
+
 def sentence_search(
     decoder: AlignedDecoder, # with a reward
     rows: Iterable[dict], # questions
     n: int = 4, # continuations that are drawn
     end: str = ".", # of a sentence
-    max_new_tokens: int = 64, # most in a sentence
-    most: int = 16, # sentences
+    max_new_tokens: int = 64, # after so many no further sentence begins
     **settings, # of `AlignedDecoder.answers`
 ) -> Iterator[Said]:
     "Sentence by sentence the continuation that the reward likes best."
-    rows, settings = list(rows), dict(temperature=1.) | settings
-    base, said, open_rows = continuing(decoder), [""] * len(rows), list(range(len(rows)))
-    for _ in range(most):
-        asked = [rows[i] | {"text": Begun(rows[i]["text"], said[i])} for i in open_rows]
-        drawn = _drawn(base, asked, n, stop=[end], max_new_tokens=max_new_tokens, **settings)
-        texts = [[_grown(said[i], o, end) for o in some] for i, some in zip(open_rows, drawn)]
-        best = _liked(decoder, [rows[i] for i in open_rows], texts)
-        for i, some, j in zip(open_rows, texts, best):
-            said[i] = some[j]
-        open_rows = [i for i, some, j in zip(open_rows, drawn, best) if some[j].stats["finish"] == "stop"]
-        if not open_rows:
-            break
-    yield from (Said(text, None, row) for text, row in zip(said, rows))
+    settings, base = dict(temperature=1., max_new_tokens=max_new_tokens) | settings, continuing(decoder)
+    for some in _at_once(rows, n, settings):
+        growing = [Growing(row) for row in some]
+        while going := [g for g in growing if not g.ended and g.tokens < max_new_tokens]:
+            _grow(decoder, base, going, n, end, **settings)
+        yield from (Said("" if g.why else g.said, g.why, g.row) for g in growing)
 
 # %% ../../nbs/eval/64_systems.ipynb #e6400028
 def _total(heard: dict, prompt: list[int], answer: list[int]) -> tuple[float, bool]: # nats; would it be said greedily?
@@ -285,6 +314,24 @@ def likeliest(decoder: AlignedDecoder, rows: Iterable[dict], **settings) -> Iter
             yield Said("", str(e), r)
 
 # %% ../../nbs/eval/64_systems.ipynb #e6400031
+def told(setting): # what can be written into a file, and is the same in every process
+    "A setting by its value, a function by its name and what is bound to it."
+    if isinstance(setting, partial):
+        return f"{told(setting.func)} {setting.keywords}"
+    return getattr(setting, "__name__", str(setting)) if callable(setting) else setting
+
+def guided_how(decoder: AlignedDecoder) -> dict:
+    "All that guidance depends on; λ 0 where nothing guides."
+    g = decoder.guidance
+    if not g.active or not (decoder.rewards or g.form == "contrast"):
+        return dict(lam=0)
+    how = {k: told(getattr(g, k)) for k in ("form", "lam", "bound", "gate")}
+    how |= {k: v for k, v in (("plausibility", g.plausibility), ("weights", list(g.weights))) if v not in (0., [1.])}
+    if b := getattr(decoder, "baseline", None):
+        how |= dict(sees=b.sees, grows=b.grows, sure=b.sure, rate=b.lam)
+    return how
+
+# %% ../../nbs/eval/64_systems.ipynb #e64000c2
 def decoder_system(
     name: str, # in tables
     decoder: AlignedDecoder, # guided or not
@@ -293,11 +340,11 @@ def decoder_system(
     **settings, # of `AlignedDecoder.answers`
 ) -> System:
     "A model in this process."
-    models = dict(base=decoder.base, **{f"reward{i or ''}": m for i, m in enumerate(decoder.rewards)},
-        **{f"reference{i or ''}": m for i, m in enumerate(decoder.references)})
+    how, models = guided_how(decoder), dict(base=decoder.base)
+    if how["lam"] or search: # the base alone is the same base, whatever the reward
+        models |= {f"reward{i or ''}": m for i, m in enumerate(decoder.rewards)}
+        models |= {f"reference{i or ''}": m for i, m in enumerate(decoder.references)}
     hashes = {k: fingerprint(m) for k, m in models.items()}
-    g = decoder.guidance
-    how = dict(form=g.form, lam=g.lam, bound=g.bound, gate=str(g.gate) if g.gate else None) if g.active else dict(lam=0)
     about = dict(models=hashes, guidance=how, **about) | ({"search": search.__name__} if search else {})
     about |= {k: v for k, v in settings.items() if k != "window"}  # what is read ahead changes no answer
     answers = partial(search, decoder, **settings) if search else answerer(decoder, **settings)
