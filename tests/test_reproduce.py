@@ -347,6 +347,11 @@ def test_papermill_keeps_notebook_and_page(tmp_path, command, kept):
         assert "nobody told where this notebook is written" in last and not [*(tmp_path / "run").iterdir()]
 
 
+@pytest.mark.parametrize("name", ["bench_api", "decode", "demo", "prepare_data", "reproduce", "train_reward"])
+def test_a_run_notebook_ends_by_keeping_itself(name):
+    assert "keep_notebook(out, globals()" in nbformat.read(ROOT / f"nbs/runs/{name}.ipynb", 4).cells[-1].source
+
+
 @pytest.mark.slow
 def test_whole_job_by_papermill_alone(tmp_path):
     "As the documentation has it: papermill, the notebook, a file of parameters."
