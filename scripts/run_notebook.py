@@ -21,6 +21,7 @@ MISTAKES = {"TitaError"}
 NO_SPACE = "No space left on device"
 CHATTER = (
     "Executing Cell", "Ending Cell", "Executing notebook with kernel", "Input Notebook", "Output Notebook",
+    "<Picture size", "<Figure size",  # what a picture is in a terminal
     "Task exception was never retrieved",  # of a cell that Ctrl-C left: its process was gone before it was cancelled
 )
 
