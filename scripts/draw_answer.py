@@ -7,10 +7,12 @@ The picture is chosen by a rule, not by eye: of SCENES test scenes it is the fir
 that is not there, and the aligned base names everything that is there and nothing else. How often the aligned answer
 is better and how often worse is counted over all of these scenes and written beside the picture. The base is the
 embedded world's, seed 0; the reward is what `bash scripts/demo.sh` leaves; the settings are the recommended ones
-(`tita.decode.guidance.OWN`). Writes nbs/images/answer.svg and results/answer.json; the latter holds the same answer
-at other strengths, too, for the page about λ.
+(`tita.decode.guidance.OWN`). Writes nbs/images/answer.svg, the same for a telephone (answer_narrow.svg, in which the
+words stand below the image), and results/answer.json, which holds the same answer at other strengths, too, for the page
+about λ.
 """
 import argparse, base64, io
+from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 from PIL import Image
@@ -24,7 +26,17 @@ from tita.world.embedded import ASK, OBJECTS, load_models, make_scenes
 ROOT = Path(__file__).resolve().parent.parent
 SCENES, SEED = 200, 0
 STRENGTHS = 0., .1, .2, .3, .4, .5, .6, .8, 1. # 1 is the reward alone
-WIDTH, LEFT = 860, 236 # pixels: of all, up to the words
+@dataclass
+class Page:
+    "Where things stand, in pixels."
+    width: int
+    image: int # side of the image
+    left: int # up to the words
+    top: int # down to the words
+    marks: tuple # of the legend: right and down to its second part
+
+WIDE = Page(860, 200, left=236, top=32, marks=(260, 0))
+NARROW = Page(400, 150, left=18, top=194, marks=(0, 24))
 SIZE, STEP = 15, 27 # pixels: of a letter, of a line
 STYLE = """
 text { font-family: "DejaVu Sans", Verdana, sans-serif; fill: #20242b }
@@ -105,45 +117,47 @@ def ground(reward: float, limit: float, x: float, y: float, width: float, height
     return tag("rect", x=float(x), y=float(y), width=float(width), height=float(height), fill=color,
         fill_opacity=f"{opacity:.2f}", **look)
 
-def answer(label: str, output, scene, y: float, limit: float) -> tuple: # elements, the y below them
+def answer(label: str, output, scene, page: Page, y: float, limit: float) -> tuple: # elements, the y below them
     "A label, and below it the words on the colours of their rewards."
-    pieces, drawn = token_pieces(output.token_texts), [tag("text", label, kind="label", x=LEFT, y=float(y))]
-    places = flow(pieces, WIDTH - LEFT - 24, SIZE, pad=2)
+    pieces, drawn = token_pieces(output.token_texts), [tag("text", label, kind="label", x=page.left, y=float(y))]
+    places = flow(pieces, page.width - page.left - 24, SIZE, pad=2)
     for (text, _), (dx, row, width), reward in zip(pieces, places, output.rewards):
-        at = LEFT + dx, y + STEP * (row + 1)
+        at = page.left + dx, y + STEP * (row + 1)
         drawn.append(ground(float(reward), limit, at[0], at[1] - 15.5, width, 22., rx=3))
         drawn += word(text, *at, width, scene)
     return drawn, y + STEP * (places[-1][1] + 1)
 
-def legend(y: float, limit: float) -> list:
+def legend(page: Page, y: float, limit: float) -> list:
     "What colours and lines say."
     steps, wide = 33, 132
-    drawn = [ground(limit * (2 * i / (steps - 1) - 1), limit, LEFT + i * wide / steps, y - 10, wide / steps, 12.)
+    drawn = [ground(limit * (2 * i / (steps - 1) - 1), limit, page.left + i * wide / steps, y - 10, wide / steps, 12.)
              for i in range(steps)]
-    x = LEFT + wide + 10
+    x = page.left + wide + 10
     drawn.append(tag("text", f"reward of a token, −{limit:.1f} to +{limit:.1f} nats", kind="label", x=x, y=float(y)))
-    for dx, kind, told in ((260, "true", "there"), (345, "false", "invented")):
+    x, y = (x if page is WIDE else page.left) + page.marks[0], y + page.marks[1]
+    for dx, kind, told in ((0, "true", "there"), (85, "false", "invented")):
         drawn.append(line(x + dx, y - 4 if kind == "false" else y + 1, 22, kind))
         drawn.append(tag("text", told, kind="label", x=x + dx + 28, y=float(y)))
     return drawn
 
-def picture(scene) -> str:
+def picture(scene, side: int) -> str:
     "The scene, pixel by pixel, inside the file."
     out = io.BytesIO()
     scene.image.resize((400, 400), Image.NEAREST).quantize(64).save(out, "PNG", optimize=True)
     data = f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
-    return tag("image", x=18, y=18, width=200, height=200, href=data)
+    return tag("image", x=18, y=18, width=side, height=side, href=data)
 
-def drawing(scene, plain, aligned) -> str: # SVG
+def drawing(scene, plain, aligned, page: Page = WIDE) -> str: # SVG
     limit = reward_limit([*plain.rewards, *aligned.rewards])
-    first, y = answer("The frozen model: “Describe the image.”", plain, scene, 32., limit)
-    second, y = answer("The same model, aligned while it writes:", aligned, scene, y + 34, limit)
-    height = max(y + 50, 236)
-    page = tag("rect", kind="page", x=.5, y=.5, width=WIDTH - 1, height=float(height - 1), rx=10)
+    first, y = answer("The frozen model: “Describe the image.”", plain, scene, page, float(page.top), limit)
+    second, y = answer("The same model, aligned while it writes:", aligned, scene, page, y + 34, limit)
+    height = max(y + 50 + page.marks[1], 236)
+    sheet = tag("rect", kind="page", x=.5, y=.5, width=page.width - 1, height=float(height - 1), rx=10)
     told = f"The base says: {plain.text} Aligned it says: {aligned.text} In the image are: {', '.join(scene.objects)}."
-    body = [tag("title", told), f"<style>{STYLE}</style>", page, picture(scene), *first, *second]
-    body += legend(height - 20, limit)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" role="img">'
+    body = [tag("title", told), f"<style>{STYLE}</style>", sheet, picture(scene, page.image), *first, *second]
+    body += legend(page, height - 20 - page.marks[1], limit)
+    size = f'viewBox="0 0 {page.width} {height:.0f}" width="{page.width}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
     return "\n".join([head, *body, "</svg>"]) + "\n"
 
 @cli
@@ -155,7 +169,8 @@ def main():
     chosen = next((i for i, row in enumerate(zip(*answers)) if is_the_one(*row)), None)
     if chosen is None:
         raise TitaError(f"none of {SCENES} scenes fits the rule; this reward does not help its base")
-    write_text(ROOT/"nbs/images/answer.svg", drawing(*(part[chosen] for part in answers)))
+    for name, page in dict(answer=WIDE, answer_narrow=NARROW).items():
+        write_text(ROOT/f"nbs/images/{name}.svg", drawing(*(part[chosen] for part in answers), page))
     facts = counted(*answers) | dict(seed=SEED, chosen=chosen, settings=OWN)
     facts |= dict(strengths=at_strengths(decoder, scenes[chosen]), run=run_info())
     write_json(ROOT/"results/answer.json", facts)

@@ -19,7 +19,7 @@ PAGES = {"nbs/index.ipynb": "README.md", "nbs/zh/index.ipynb": "README.zh.md"}
 NOTE = "<!-- Made by scripts/make_readme.py: edit nbs/index.ipynb, for Chinese nbs/zh/index.ipynb. -->"
 DIRECTIVE = re.compile(r"^#\|[ \t]*([\w-]+):?[ \t]*(.*)\n?", re.M)
 FENCE = re.compile(r"(^ {0,3}(`{3,}|~{3,}).*?^ {0,3}\2[`~]*[ \t]*$)", re.M | re.S)
-LINK = re.compile(r"(\]\(|(?:src|href)=\")([^)\s\"]+)")
+LINK = re.compile(r"(\]\(|(?:src|srcset|href)=\")([^)\s\"]+)")
 
 def join(
     x, # a string, or a notebook's list of lines
@@ -57,8 +57,8 @@ def outputs(
     cell: dict, # a code cell
     folder: str, # where its notebook lies
 ):  # yields blocks of markdown
-    "Printed text and results. Images belong into results/, linked from a markdown cell: they cannot be text."
-    for o in cell.get("outputs", []):
+    "Printed text and results, no warnings. Images belong into a folder, linked from a markdown cell: they are no text."
+    for o in (o for o in cell.get("outputs", []) if o.get("name") != "stderr"):
         data = o.get("data", {})
         if o["output_type"] == "error":
             raise ValueError(f"{folder}/index.ipynb, cell {cell.get('id')}: it ended in an error ({o['ename']})")

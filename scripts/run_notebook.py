@@ -13,7 +13,7 @@ import argparse, logging, os, shutil, signal, sys, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from tita.core import write_text
+from tita.records import write_page
 from tita.steps import check_names, fitting
 from tita.steps import notebook_defaults as defaults
 
@@ -21,6 +21,7 @@ MISTAKES = {"TitaError"}
 NO_SPACE = "No space left on device"
 CHATTER = (
     "Executing Cell", "Ending Cell", "Executing notebook with kernel", "Input Notebook", "Output Notebook",
+    "<Picture size", "<Figure size",  # what a picture is in a terminal
     "Task exception was never retrieved",  # of a cell that Ctrl-C left: its process was gone before it was cancelled
 )
 
@@ -109,16 +110,6 @@ def execute(
     papermill.execute_notebook(
         notebook, target, given, kernel_name="python3", log_output=True, progress_bar=True, config=transport)
 
-def write_page(
-    target: str, # the executed notebook
-):
-    "The notebook as a page beside it, for those without Jupyter; left out where nbconvert is not installed."
-    try:
-        from nbconvert import HTMLExporter
-    except ImportError:
-        return
-    write_text(Path(target).with_suffix(".html"), HTMLExporter().from_filename(target)[0])
-
 def keep_in_folder(
     file: str | Path, # an executed notebook, or its page
     out: str, # the run's folder, "" where the notebook has none
@@ -151,7 +142,8 @@ def main(
     from papermill.exceptions import PapermillException, PapermillExecutionError
     try:
         given = parameters(a.notebook, a.parameters_file, a.parameters)
-        out = (defaults(a.notebook) | given).get("out", "")
+        settings = defaults(a.notebook) | given
+        out = "" if settings.get("dry_run") else settings.get("out", "")
         Path(a.target).parent.mkdir(parents=True, exist_ok=True)
         with kernel_stderr() as raw:
             try:

@@ -8,7 +8,7 @@
 #SBATCH --signal=B:TERM@180
 #SBATCH --requeue
 # A run notebook as one job; arguments as those of scripts/run_notebook.py:
-#   sbatch scripts/slurm_run.sh nbs/runs/reproduce.ipynb runs/llava15_7b.ipynb -f scripts/params/runs/llava15_7b.yaml
+#   sbatch scripts/slurm_run.sh nbs/runs/reproduce.ipynb runs/llava15_7b.ipynb -f scripts/params/llava15_7b.yaml
 #   sbatch --gpus-per-node=1 scripts/slurm_run.sh nbs/runs/demo.ipynb runs/demo/demo.ipynb
 # At its time limit the run is stopped as by Ctrl-C and the job queued again; the same command then goes on where it stopped.
 # A training over several nodes is scripts/slurm_dpo.sh.

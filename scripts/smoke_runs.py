@@ -4,7 +4,7 @@
     python scripts/smoke_runs.py --out results/smoke_runs             all of them; writes .json and .md
     python scripts/smoke_runs.py --only bench_api --only decode       some of them; the figures of the others stay
 
-The smoke mode of NAME is scripts/params/runs/NAME_smoke.yaml. A run counts only if its figures are as they must be:
+The smoke mode of NAME is scripts/params/smoke/NAME.yaml. A run counts only if its figures are as they must be:
 `CHECKS` holds what must be true of them, and the tests ask the same. Memory is the peak of the resident memory of the
 process and its children together, looked at ten times a second; pages that they share count in each.
 """
@@ -125,7 +125,7 @@ def peak_memory(process: subprocess.Popen) -> int:
 
 def smoke(name: str, out: Path) -> dict:
     "Run one and check its figures. Raises `TitaError` if it fails or they are wrong."
-    file = ROOT/f"scripts/params/runs/{name}_smoke.yaml"
+    file = ROOT/f"scripts/params/smoke/{name}.yaml"
     notebook = ROOT/f"nbs/runs/{name}.ipynb"
     command = [sys.executable, "scripts/run_notebook.py", notebook, out/f"{name}.ipynb", "-f", file, "-p", "out", out]
     env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | {"TITA_PROGRESS": "0", "PYTHONPATH": str(ROOT)}
@@ -145,7 +145,7 @@ def page(runs: dict) -> str:
     "The table, for readers."
     one = next(iter(runs.values()))["run"]
     head = "# Run notebooks in their smoke mode\n\n`python scripts/smoke_runs.py`: each in a process of its own, with"
-    head += " `scripts/params/runs/NAME_smoke.yaml`, its figures checked. Memory: peak of the resident memory of its"
+    head += " `scripts/params/smoke/NAME.yaml`, its figures checked. Memory: peak of the resident memory of its"
     head += f" processes together. {one['cpus']} cores, one thread a process; the load is the machine's, mean of a"
     head += f" minute. torch {one['versions']['torch']}.\n\n"
     rows = "| notebook | seconds | load | peak memory, MiB | found |\n|---|---|---|---|---|\n"

@@ -85,7 +85,7 @@ docs() { # nbdev_proc_nbs asks for quarto, but does not call it
     "$bin/python" scripts/make_readme.py --check
 }
 smoke() {
-    TITA_PROGRESS=0 "$bin/python" scripts/run_notebook.py nbs/runs/demo.ipynb "$tmp/smoke/demo.ipynb" -f scripts/params/runs/demo_smoke.yaml -p out "$tmp/smoke"
+    TITA_PROGRESS=0 "$bin/python" scripts/run_notebook.py nbs/runs/demo.ipynb "$tmp/smoke/demo.ipynb" -f scripts/params/smoke/demo.yaml -p out "$tmp/smoke"
     local f
     for f in report.html metrics.json; do
         [ -s "$tmp/smoke/$f" ] || { printf 'the demo wrote no %s\n' "$f" >&2; return 1; }

@@ -38,9 +38,12 @@ def test_both_directions_are_counted():
     assert (found["fewer"], found["more"], found["invented"]) == (1, 1, [1, 2])
     assert found["named"] == [3 * len(there) + 1, 3 * len(there) + 2]
 
-def test_drawing_marks_what_is_there_and_what_is_not():
+@pytest.mark.parametrize("page", [draw_answer.WIDE, draw_answer.NARROW], ids=["wide", "narrow"])
+def test_drawing_marks_what_is_there_and_what_is_not(page):
     plain, aligned = said(*SCENE.objects, "fish"), said(*SCENE.objects)
-    drawn = tree.fromstring(draw_answer.drawing(SCENE, plain, aligned))
+    drawn = tree.fromstring(draw_answer.drawing(SCENE, plain, aligned, page))
+    ends = [float(t.get("x")) + float(t.get("textLength", 0)) for t in drawn.iter(f"{SVG}text")]
+    assert max(ends) < page.width
     words = [t.text for t in drawn.iter(f"{SVG}text") if t.get("class") == "word"]
     assert words == [t.strip() for o in (plain, aligned) for t in o.token_texts]
     kinds = [line.get("class") for line in drawn.iter(f"{SVG}line")]
@@ -48,8 +51,9 @@ def test_drawing_marks_what_is_there_and_what_is_not():
     assert kinds.count("true") == 2 * len(SCENE.objects) + in_legend
     assert kinds.count("false") == 1 + in_legend
 
-def test_the_picture_shows_what_the_facts_say():
-    path = ROOT/"nbs/images/answer.svg"
+@pytest.mark.parametrize("name", ["answer", "answer_narrow"])
+def test_the_picture_shows_what_the_facts_say(name):
+    path = ROOT/f"nbs/images/{name}.svg"
     assert path.stat().st_size < 80_000
     words = [t.text for t in tree.parse(path).iter(f"{SVG}text") if t.get("class") == "word"]
     rows = {row["lam"]: row for row in FACTS["strengths"]}

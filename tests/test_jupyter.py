@@ -52,15 +52,15 @@ def answer_of(ws, source):
         if message["msg_type"] == "execute_reply":
             return error
 
-def run_all(address, token, path):
-    "Every code cell of a notebook in a new kernel, in the notebook's folder; the errors."
+def run_all(address, token, path, cells=None):
+    "Every code cell of a notebook, or those given, in a new kernel, in the notebook's folder; the errors."
     with httpx.Client(base_url=address, headers={"Authorization": f"token {token}"}, timeout=120) as web:
         notebook = web.get(f"/api/contents/{path}").raise_for_status().json()["content"]
-        kernel = dict(kernel=dict(name="python3"), name=path, path=path, type="notebook")
+        kernel = dict(kernel=dict(name="python3"), name=Path(path).name, path=path, type="notebook")
         session = web.post("/api/sessions", json=kernel).raise_for_status().json()
         at = f"{address.replace('http', 'ws', 1)}/api/kernels/{session['kernel']['id']}/channels?token={token}"
         with closing(websocket.create_connection(at, timeout=300)) as ws:
-            cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+            cells = cells or ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
             errors = [(cell, error) for cell in cells if (error := answer_of(ws, cell))]
         web.delete(f"/api/sessions/{session['id']}").raise_for_status()
     return errors
@@ -79,6 +79,16 @@ def test_lab_wants_its_token(server):
 @pytest.mark.parametrize("path", READ)
 def test_run_all(server, path):
     assert run_all(*server, path) == []
+
+@pytest.mark.slow
+def test_a_kernel_knows_its_notebook(server):
+    "What a run notebook's last cell relies on."
+    address, token = server
+    cell = json.loads((ROOT/READ[0]).read_text())["cells"][0]["source"]
+    asks = f"""from tita.records import running_notebook
+file, is_saved = running_notebook(dict(In=["", {"".join(cell)!r}]))
+assert file.samefile({str(ROOT/READ[0])!r}) and not is_saved"""
+    assert run_all(address, token, READ[0], [asks]) == []
 
 @pytest.mark.slow
 def test_errors_are_seen(server, tmp_path):

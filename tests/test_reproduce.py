@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -23,8 +24,10 @@ from tita.studies.outline import prepare
 from tita.studies.reproduction import Reproduction, problems
 
 NOTEBOOK = "nbs/runs/reproduce.ipynb"
-FILES = sorted((ROOT / "scripts/params/runs").glob("*.yaml"))
-SMOKE = ROOT / "scripts/params/runs/reproduce_smoke.yaml"
+PARAMS = ROOT / "scripts/params"
+WHOLE_JOBS = sorted(PARAMS.glob("*.yaml"))
+FILES = WHOLE_JOBS + sorted((PARAMS / "smoke").glob("*.yaml"))
+SMOKE = ROOT / "scripts/params/smoke/reproduce.yaml"
 ENV = os.environ | {"TITA_PROGRESS": "0", "PYTHONPATH": str(ROOT)}
 
 
@@ -36,7 +39,7 @@ def notebook_of(file):
     return next(word.rstrip(":,") for word in first.split() if word.startswith("nbs/runs/"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(PARAMS).with_suffix("")))
 def test_every_file_fits_its_notebook(file):
     "Names, and values of the right kind; `out` is a folder of its own."
     given = run_notebook.parameters(str(ROOT / notebook_of(file)), [str(file)], [])
@@ -45,7 +48,13 @@ def test_every_file_fits_its_notebook(file):
     assert said.get("out", f"runs/{file.stem}") == f"runs/{file.stem}"
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if notebook_of(f) == NOTEBOOK], ids=lambda p: p.stem)
+def test_a_file_in_plain_sight_is_a_whole_job():
+    "What `papermill nbs/runs/reproduce.ipynb runs/x.ipynb -f scripts/params/PAIR.yaml` takes lies on top."
+    assert {f.stem for f in WHOLE_JOBS} >= {"llava15_7b", "llava15_13b", "qwen25_vl_7b", "qwen3_vl_8b", "internvl35_8b"}
+    assert {notebook_of(f) for f in WHOLE_JOBS} == {NOTEBOOK}
+
+
+@pytest.mark.parametrize("file", [*WHOLE_JOBS, SMOKE], ids=lambda p: p.stem)
 def test_only_data_and_models_are_missing(file, monkeypatch):
     "Recipes are there, their fields exist, tasks and views are known: what is left is what a user downloads."
     monkeypatch.chdir(ROOT)
@@ -141,7 +150,7 @@ def test_mistakes_are_told_together(tmp_path):
 
 def test_a_pair_that_is_not_here_is_counted(tmp_path):
     "A dry run needs neither models nor data: sizes come from names, a mix from what SeVa samples of it."
-    said = yaml.safe_load((ROOT / "scripts/params/runs/llava15_7b.yaml").read_text())
+    said = yaml.safe_load((ROOT / "scripts/params/llava15_7b.yaml").read_text())
     run, plan = prepare(Reproduction(**said | dict(out=str(tmp_path / "run"), dry_run=True)))
     rows = {need.step: need for need in plan.needs}
     assert rows["teach"].rows == 36_000 and rows["dpo"].rows == 24_000
@@ -299,3 +308,57 @@ def test_slurm_stops_and_queues_again_and_goes_on(tmp_path):
     assert again.returncode == 0 and "goes on where it stopped" in again.stdout, again.stdout
     assert "first: nothing that it depends on has changed" in again.stdout
     assert subprocess.run(command[:3], **how).returncode == 2
+
+
+## The executed notebook is in the run's folder
+
+def small_notebook(folder):
+    "A run notebook with as little as one can have."
+    new, last = nbformat.v4, "keep_notebook(out, globals())"
+    cells = [new.new_code_cell('out = "run"', metadata=dict(tags=["parameters"])), new.new_code_cell("print(6 * 7)"),
+        new.new_code_cell("from tita.records import keep_notebook"), new.new_code_cell(last)]
+    nbformat.write(new.new_notebook(cells=cells, metadata=dict(kernelspec=KERNEL)), folder / "small.ipynb")
+    (folder / "run").mkdir()
+
+
+KERNEL = dict(name="python3", language="python", display_name="Python 3")
+CALL = "import papermill; papermill.execute_notebook('small.ipynb', 'x.ipynb', dict(out='run'))"
+
+
+@pytest.mark.parametrize("command, kept", [
+    (["-m", "papermill", "small.ipynb", "x.ipynb"], True),
+    (["-m", "papermill", "small.ipynb", "x.ipynb", "--cwd", "run", "-p", "out", "."], True),
+    (["-m", "papermill", "small.ipynb", "x.ipynb", "--inject-output-path"], True),
+    (["-c", CALL], False),
+], ids=["papermill", "cwd", "injected", "from-Python"])
+def test_papermill_keeps_notebook_and_page(tmp_path, command, kept):
+    "Everything up to the last cell; where nobody tells its name, the notebook says so and ends well."
+    small_notebook(tmp_path)
+    env = ENV | {"PWD": str(tmp_path)}  # as a shell has it
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = nbformat.read(tmp_path / "x.ipynb", 4).cells[-1].outputs[0].text
+    if kept:
+        assert "x.ipynb and x.html: the notebook up to this cell" in last
+        copy = nbformat.read(tmp_path / "run/x.ipynb", 4)
+        assert [c.outputs[0].text for c in copy.cells if c.source == "print(6 * 7)"] == ["42\n"]
+        assert "42" in (tmp_path / "run/x.html").read_text()
+    else:
+        assert "nobody told where this notebook is written" in last and not [*(tmp_path / "run").iterdir()]
+
+
+@pytest.mark.parametrize("name", ["bench_api", "decode", "demo", "prepare_data", "reproduce", "train_reward"])
+def test_a_run_notebook_ends_by_keeping_itself(name):
+    assert "keep_notebook(out, globals()" in nbformat.read(ROOT / f"nbs/runs/{name}.ipynb", 4).cells[-1].source
+
+
+@pytest.mark.slow
+def test_whole_job_by_papermill_alone(tmp_path):
+    "As the documentation has it: papermill, the notebook, a file of parameters."
+    command = ["-m", "papermill", NOTEBOOK, tmp_path / "x.ipynb", "-f", SMOKE, "-p", "out", tmp_path / "run"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {p.name for p in (tmp_path / "run").iterdir()}
+    assert found >= {"x.ipynb", "x.html", "run.json", "metrics.json", "report.html", "log.txt", "curves.png"}
+    assert "x.html: the notebook up to this cell" in (tmp_path / "run/log.txt").read_text()
+    assert "data:image/png" in (tmp_path / "run/x.html").read_text()

@@ -262,15 +262,16 @@ def test_readme_links_are_seen_from_the_root(link, seen):
 
 def test_readme_leaves_code_alone():
     code = "\n\n```python\nx = d['k'](y.png)\n```\n\n"
-    found = make_readme.markdown(f'see [a](../a.png){code}<img src="b.png">')
-    assert found == f'see [a](a.png){code}<img src="nbs/b.png">'
+    found = make_readme.markdown(f'see [a](../a.png){code}<source srcset="b.svg"><img src="b.png">')
+    assert found == f'see [a](a.png){code}<source srcset="nbs/b.svg"><img src="nbs/b.png">'
 
 def test_readme_cells(tmp_path):
     out = {"output_type": "stream", "name": "stdout", "text": ["a ball\n"]}
+    warning = {"output_type": "stream", "name": "stderr", "text": ["IProgress not found\n"]}
     cells = [{"cell_type": "markdown", "source": ["# tita\n", "\n", "> purpose"]},
              {"cell_type": "code", "source": "#| hide\nsecret = 1", "outputs": [out]},
              {"cell_type": "code", "source": "#| eval: false\nask('`x`')", "outputs": []},
-             {"cell_type": "code", "source": "#| echo: false\nprint('a ball')", "outputs": [out]}]
+             {"cell_type": "code", "source": "#| echo: false\nprint('a ball')", "outputs": [warning, out]}]
     (tmp_path/"i.ipynb").write_text(json.dumps({"cells": cells}))
     blocks = [make_readme.NOTE, "# tita", "> purpose", "``` python\nask('`x`')\n```", "```\na ball\n```\n"]
     assert make_readme.readme(tmp_path/"i.ipynb") == "\n\n".join(blocks)

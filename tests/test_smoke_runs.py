@@ -12,7 +12,7 @@ from tita.core import TitaError
 
 def test_every_notebook_has_a_smoke_mode_and_figures_that_are_checked():
     assert smoke_runs.NAMES == sorted(smoke_runs.CHECKS)
-    assert all((ROOT/f"scripts/params/runs/{name}_smoke.yaml").is_file() for name in smoke_runs.NAMES)
+    assert all((ROOT/f"scripts/params/smoke/{name}.yaml").is_file() for name in smoke_runs.NAMES)
 
 
 @pytest.mark.slow

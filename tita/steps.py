@@ -83,9 +83,10 @@ def check_names(
 def injected_names(
     cells: Sequence[str], # what a kernel has run so far: IPython's `In`
 ) -> list[str]: # what papermill's own cell assigns
-    "Names of the parameters that papermill was given."
+    "Names of the parameters that papermill was given; its own, as of `--inject-output-path`, do not count."
     found = [ast.parse(cell) for cell in cells if cell.startswith("# Parameters\n")]
-    return [s.targets[0].id for tree in found for s in tree.body if isinstance(s, ast.Assign)]
+    names = [s.targets[0].id for tree in found for s in tree.body if isinstance(s, ast.Assign)]
+    return [name for name in names if not name.startswith("PAPERMILL_")]
 
 # %% ../nbs/24_steps.ipynb #24a0000e
 def settings_from(
