@@ -334,3 +334,12 @@ def test_the_run_notebook(tmp_path):
     told = json.dumps([c.get("outputs") for c in cells])
     assert "world_text_only: accuracy" in told and "image/png" in told and "Holm" in told
     assert (tmp_path/"run/seed0/gallery.html").is_file()
+
+def test_the_table_of_methods_names_every_baseline():
+    "nbs/decode/13_guidance.ipynb has a row for each, with its paper, λ and plausibility."
+    from tita.eval.systems import BASELINES
+    text = (ROOT/"nbs/decode/13_guidance.ipynb").read_text()
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.strip().startswith('"| `')}
+    for name, method in BASELINES.items():
+        assert method.paper.removeprefix("like ") in rows[name], name
+        assert f", {method.plausibility:g} |" in rows[name] and f"{method.lam:g}" in rows[name], rows[name]
