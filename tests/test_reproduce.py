@@ -347,7 +347,7 @@ def test_papermill_keeps_notebook_and_page(tmp_path, command, kept):
         assert "nobody told where this notebook is written" in last and not [*(tmp_path / "run").iterdir()]
 
 
-@pytest.mark.parametrize("name", ["bench_api", "decode", "demo", "evaluate", "prepare_data", "reproduce", "train_reward"])
+@pytest.mark.parametrize("name", "bench_api decode demo evaluate prepare_data reproduce train_reward".split())
 def test_a_run_notebook_ends_by_keeping_itself(name):
     assert "keep_notebook(out, globals()" in nbformat.read(ROOT / f"nbs/runs/{name}.ipynb", 4).cells[-1].source
 
