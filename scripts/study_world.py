@@ -115,9 +115,13 @@ def models_of(seed: int, args, writers: set | None = None) -> dict: # name -> mo
         models |= dict(zip(("weak_before", "weak_after"), weak))
     return models
 
+def other_seed(seed: int) -> int:
+    "Whose reward is foreign to this seed's base."
+    return 0 if seed else 1
+
 def with_foreign(seed: int, args, writers: set | None = None) -> dict:
     "A seed's models, the reward that was made for another base, and bases that see nothing."
-    models, other = models_of(seed, args, writers), 0 if seed else 1
+    models, other = models_of(seed, args, writers), other_seed(seed)
     models["foreign_before"] = load_vlm(world_of(other, args.runs)/"reward", device="cpu")
     models["foreign_after"] = load_vlm(args.runs/f"seed{other}"/"after", device="cpu")
     pictures = [s.image for s in make_scenes(50, seed, "valid")]
@@ -170,10 +174,20 @@ def frozen_systems(chosen: dict) -> dict:
     twice = dict(second=replace(tuned["aligned"], reward="second"), base_dpo_second=Rival("base_dpo_second"))
     return FIXED | tuned | other | twice
 
-def in_parallel(work, args) -> dict: # seed -> what `work` gives
+def in_parallel(work, args, seeds=()) -> dict: # seed -> what `work` gives
     "Seeds side by side, each in a process of its own with one thread."
-    with ProcessPoolExecutor(len(args.seed), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        return dict(zip(args.seed, pool.map(partial(work, args=args), args.seed)))
+    seeds = seeds or args.seed
+    with ProcessPoolExecutor(len(seeds), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return dict(zip(seeds, pool.map(partial(work, args=args), seeds)))
+
+def make_models(seed: int, args):
+    "Train what is not there; nothing to hand to another process."
+    models_of(seed, args)
+
+def make_all(args):
+    "What is compared on all seeds, before the first is measured: each needs the reward of another, too."
+    if not args.systems:
+        in_parallel(make_models, args, sorted({*args.seed, *(other_seed(seed) for seed in args.seed)}))
 
 # Validation
 
@@ -320,6 +334,7 @@ def told_added(added: dict) -> str:
 
 def choose(args):
     "Settings for everything, and a table of what was tried."
+    make_all(args)
     measured = in_parallel(validated, args)
     rows = judged({seed: found for seed, (found, *_) in measured.items()})
     cost = {k: c for _, costs, _ in measured.values() for k, c in costs.items()}
@@ -504,6 +519,7 @@ def test(args):
     frozen = frozen_settings(args)
     if args.systems:
         before = results_before(args, "study_world.json", scenes=args.scenes, pairs=args.pairs)["seeds"]
+    make_all(args)
     found = in_parallel(partial(tested, chosen=frozen["chosen"]), args)
     if args.systems:
         found = {seed: rows_added(told, before[str(seed)], seed) for seed, told in found.items()}

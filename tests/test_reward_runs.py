@@ -117,3 +117,17 @@ def test_study_of_the_world(tmp_path):
     assert found["summed"]["aligned"] == first["summed"]["aligned"]
     assert found["chosen"] == chosen and {"base", "aligned", "foreign", "vcd", "best_of"} <= set(found["summed"])
     assert all(cell["delta"] == 0 for told in found["seeds"].values() for cell in told["systems"]["base"].values())
+
+@pytest.mark.slow
+def test_study_of_rounds(tmp_path):
+    "Small: every reward is made, guides, and is told beside the default; the same command again trains nothing."
+    folders = ["--runs", tmp_path/"runs", "--out", tmp_path/"results"]
+    command = [sys.executable, "scripts/study_rounds.py", "--seed", "0", "--pairs", "6", "--scenes", "6", *folders]
+    for _ in range(2):
+        run = subprocess.run([*map(str, command)], cwd=ROOT, env=ENV, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads((tmp_path/"results"/"study_rounds.json").read_text())
+    rewards = {"after", "of_base", "more", "on_policy", "base_dpo", "normed", "desensitised", "weighted", "anchored"}
+    assert {row["name"] for row in found["rows"]} == rewards and "DPO: " not in run.stderr
+    same = next(row for row in found["rows"] if row["name"] == "after")
+    assert all(cell["delta"] == 0 for cell in same["cells"]["after"]["0"].values())
