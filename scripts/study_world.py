@@ -180,14 +180,15 @@ def in_parallel(work, args, seeds=()) -> dict: # seed -> what `work` gives
     with ProcessPoolExecutor(len(seeds), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         return dict(zip(seeds, pool.map(partial(work, args=args), seeds)))
 
-def make_models(seed: int, args):
+def make_models(seed: int, args, writers: set | None = None):
     "Train what is not there; nothing to hand to another process."
-    models_of(seed, args)
+    models_of(seed, args, writers)
 
-def make_all(args):
+def make_all(args, writers: set | None = None):
     "What is compared on all seeds, before the first is measured: each needs the reward of another, too."
     if not args.systems:
-        in_parallel(make_models, args, sorted({*args.seed, *(other_seed(seed) for seed in args.seed)}))
+        seeds = sorted({*args.seed, *(other_seed(seed) for seed in args.seed)})
+        in_parallel(partial(make_models, writers=writers), args, seeds)
 
 # Validation
 
@@ -519,7 +520,7 @@ def test(args):
     frozen = frozen_settings(args)
     if args.systems:
         before = results_before(args, "study_world.json", scenes=args.scenes, pairs=args.pairs)["seeds"]
-    make_all(args)
+    make_all(args, {s.writes for s in frozen_systems(frozen["chosen"]).values()})
     found = in_parallel(partial(tested, chosen=frozen["chosen"]), args)
     if args.systems:
         found = {seed: rows_added(told, before[str(seed)], seed) for seed, told in found.items()}
