@@ -167,6 +167,7 @@ class Awaited:
     top: int | None = None # see `Seat`
     name: object = None # of its images, see `Warm`
     seconds: float | None = None # at most, waiting and all; None: the loop's
+    draft: int | str | None = None # see `Row`; None: the loop's
 
     # what the loop notes; times are the loop's
     row: Row | None = None
@@ -195,7 +196,7 @@ class Loop:
         most: int = 256, # jobs that may wait
         seconds: float = 120., # that a job may take
         warm: int = 64 << 20, # bytes of images that stay
-        draft: int | str = 0, # tokens that the reward drafts, or "auto", see `AlignedDecoder.generate`
+        draft: int | str = 0, # tokens that the reward drafts, or "auto", for jobs that do not say it
         stuck_after: float = 60., # seconds that a step may take before the loop is said to be stuck
         carry: Callable | None = None, # brings a list of (job, events) to those who hear; None: calls them here
         over: Callable = lambda job, output: None, # called with each job that is over
@@ -221,7 +222,7 @@ def hand_over(batch: list): # of jobs and what they hear
 def _make_engine(self: Loop):
     if self.draft == "lazy":
         raise TitaError("draft='lazy' needs one bound for all rows, and here each has its own; take 'auto' or a number")
-    self.engine = self.decoder.engine(self.slots, refill=0, draft=self.draft)
+    self.engine = self.decoder.engine(self.slots, refill=0, draft=self.draft, wishes=True)
     if len(self.engine.experts) < 2:
         raise TitaError("nothing guides this decoder; name a reward, and a λ above 0")
     self.engine.now, self.engine.guidance = self.now, Mixed(self.decoder.guidance)
@@ -280,7 +281,7 @@ def _next(self: Loop) -> list[Row]:
         images = self.warm.find(job.name, job.images, self.engine)
         job.row = Row(0, job.question, images, job.sampling, job.seed, job.sample, lam=float(job.number),
             on_token=lambda token, reward, job=job, seat=seat: self._hear(job, seat.said(token, reward)),
-            deadline=job.came + (job.seconds or self.seconds))
+            draft=job.draft, deadline=job.came + (job.seconds or self.seconds))
         self.running[job.row] = job
         rows.append(job.row)
     return rows
