@@ -52,8 +52,11 @@ def is_alive(pid):
         return False
 
 
+ON_LINUX = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@ON_LINUX
 @pytest.mark.parametrize("draft", [0, 4])
 def test_two_processes_answer_as_one(tmp_path, draft):
     "Whole, streamed and cancelled answers, drawn ones, a warm image; SIGTERM ends both, after what is under way."
@@ -99,3 +102,17 @@ def test_two_processes_answer_as_one(tmp_path, draft):
     lines = [json.loads(l) for l in log.splitlines() if l.startswith('{"time')]
     ends = [end for line in lines if line["event"] == "request" for end in line["finish"]]
     assert sorted(map(str, ends)) == ["None", *["eos"] * 8], log[-3000:]
+
+
+@pytest.mark.slow
+@ON_LINUX
+@pytest.mark.parametrize("which", [0, 1])
+def test_without_one_the_other_ends(tmp_path, which):
+    p, url = started(tmp_path)
+    try:
+        pids = children(p)
+        os.kill(pids[which], signal.SIGKILL)
+        assert p.wait() and not any(map(is_alive, pids))
+    finally:
+        p.kill()
+        p.wait()

@@ -170,6 +170,8 @@ def serve(
 # %% ../../nbs/serve/94_serve_cli.ipynb #79a00041
 def _decoder(o: SimpleNamespace) -> tuple: # and a `Channel`, where the base is split
     named = (o.base, o.reward, o.ref), dict(form=o.form, lam=o.lam, bound=o.bound, gate=o.gate, dtype=o.dtype)
+    if o.tensor_parallel and o.device:
+        raise TitaError("with --tensor-parallel each process has a device of its own; leave --device out")
     if o.tensor_parallel:
         from tita.serve.mirror import Channel, load_split_decoder
         return load_split_decoder(*named[0], **named[1]), Channel()
