@@ -136,11 +136,24 @@ def test_usage_with_every_piece(plain):
     assert [p.usage for p in quiet[:-1]] == [None] * (len(quiet) - 1)
 
 
-def test_a_draft_is_the_servers(plain):
-    client, _ = plain
-    assert ask(client, **steer(draft=0)).choices[0].message.content == own(SCENES[0]).text
-    with pytest.raises(openai.BadRequestError, match="leave it out, the answer is the same"):
-        ask(client, **steer(draft=4))
+def test_answers_that_wish_for_other_drafts_share_a_batch(plain):
+    "Beside one that wants no drafts nothing is drafted; alone, each has its own. The answers are the same."
+    client, loop = plain
+    want, done = [own(s, n=90).text for s in SCENES[:3]], loop.engine.speculated
+    said = lambda i, **how: ask(client, SCENES[i], max_tokens=90, **steer(**how)).choices[0].message.content
+    for how, drafts in ((dict(draft=0), False), ({}, False), (dict(draft=4), True), (dict(draft="auto"), True)):
+        before = done.drafted
+        assert said(0, **how) == want[0] and (done.drafted > before) == drafts, how
+    lengths, block = [], loop.engine._block
+    loop.engine._block = lambda most: lengths.append((loop.engine.n, most)) or block(most)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            wishes = [dict(draft=0), dict(draft=4), dict(draft=2)]
+            assert [*pool.map(lambda i: said(i, **wishes[i]), range(3))] == want
+    finally:
+        del loop.engine._block
+    assert all(n < 3 and most <= (2 if n == 2 else 4) for n, most in lengths), lengths
+    assert loop.restarts == 0
 
 
 def test_text_alone_turns_and_several_images(plain):
@@ -358,6 +371,9 @@ WRONG = {
     "model": (SAID | dict(model="gpt-9"), 404), "tools": (SAID | dict(tools=[dict(type="function")]), 400),
     "λ": (SAID | dict(tita=dict(lam=-1)), 400), "form": (SAID | dict(tita=dict(form="ratio")), 400),
     "gate": (SAID | dict(tita=dict(gate="iron")), 400), "draft": (SAID | dict(tita=dict(draft="beer")), 400),
+    "lazy": (SAID | dict(tita=dict(draft="lazy")), 400), "drafts": (SAID | dict(tita=dict(draft=65)), 400),
+    "half a draft": (SAID | dict(tita=dict(draft=2.5)), 400), "true draft": (SAID | dict(tita=dict(draft=True)), 400),
+    "draft in a list": (SAID | dict(tita=dict(draft=[4])), 400), "no draft": (SAID | dict(tita=dict(draft=-1)), 400),
     "empty": (dict(model="tita", messages=[dict(role="user", content=" ")]), 400),
     "assistant last": (dict(model="tita", messages=[dict(role="assistant", content="a")]), 400),
     "long": (dict(model="tita", messages=[dict(role="user", content="a " * 40_000)]), 400),

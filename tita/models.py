@@ -58,7 +58,7 @@ def load_vlm(
     dtype="auto", # of the weights: "auto" takes what was saved; or "float32", "bfloat16", torch.float16, ...
     device: str | None = None, # cpu, cuda:0, ...; "auto": spread over the devices; None: cuda where there is one
     trust_remote_code: bool = False, # run code that comes with the model
-    **kwargs, # for `from_pretrained`: quantization_config, tp_plan, attn_implementation, ...
+    **kwargs, # for `from_pretrained`: quantization_config, distributed_config, attn_implementation, ...
 ): # the model in evaluation mode
     "Load a vision-language model from safetensors. Raises `TitaError` that says what to do."
     import torch
@@ -69,7 +69,8 @@ def load_vlm(
     with _explained(name):
         model = AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, **kwargs)
-    if not {"device_map", "tp_plan", "quantization_config"} & kwargs.keys():  # else it lies where it shall be
+    placed = {"device_map", "tp_plan", "distributed_config", "quantization_config"} # it lies where it shall be
+    if not placed & kwargs.keys():
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval()
 
@@ -249,7 +250,8 @@ def few_weights(model) -> list[float]: # `TOLD` of them; none where a model lies
     if not matrices or any(p.is_meta or not p.numel() for p in matrices):
         return []
     def one(k: int) -> float:
-        weights = matrices[k * len(matrices) // TOLD].flatten()
+        matrix = matrices[k * len(matrices) // TOLD]
+        weights = (matrix.full_tensor() if hasattr(matrix, "full_tensor") else matrix).flatten() # from all processes
         return float(f"{weights[(2 * k + 1) * len(weights) // (2 * TOLD)].item():.4g}")
     return [one(k) for k in range(TOLD)]
 

@@ -223,7 +223,8 @@ def _names(m) -> set:
 
 def _linear(m) -> bool:
     "A plain linear layer: not quantised, not adapted, not spread over devices."
-    return type(m) is torch.nn.Linear and not (m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook"))
+    is_spread = hasattr(m, "_hf_hook") or hasattr(getattr(m, "weight", None), "full_tensor")
+    return type(m) is torch.nn.Linear and not (m._forward_hooks or m._forward_pre_hooks or is_spread)
 
 def _plain(layer) -> bool:
     "Does a decoder layer hold what Llama's holds, and nothing else?"

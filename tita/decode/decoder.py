@@ -152,6 +152,7 @@ def engine(self: AlignedDecoder,
     refill: float = .25, # share of slots that must be free before new rows are read
     noise_seed: int = 0, # of the noised images (contrast)
     draft: int | str = 0, # tokens that the reward drafts: a number, "lazy" or "auto"
+    wishes: bool = False, # may a row wish for drafts where there are none otherwise? See `Row`
 ) -> Engine:
     "A new engine over these models: for a server, or for loops of one's own."
     check_draft(draft)
@@ -159,7 +160,7 @@ def engine(self: AlignedDecoder,
     slots = max(1, min(rows, self.slots or slots_by_memory(self.experts)))
     made_of = self.experts, self.encoders, self.guidance, slots, self.n_rewards
     args = *made_of, noise_seed, processors, refill
-    if draft == 0 or not self.n_rewards:
+    if not self.n_rewards or draft == 0 and not wishes:
         return Engine(*args)
     return SpeculativeEngine(*args, draft=draft, pace=self.pace)
 

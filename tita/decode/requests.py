@@ -88,6 +88,7 @@ class Row(Request):
     forced: list[int] | None = None # the answer, where it is given and only its rewards are wanted
     lam: float | None = None # λ of this row; None: the decoder's
     bound: float | None = None # nats, of this row (`math.inf` for none); None: the decoder's
+    draft: int | str | None = None # tokens to draft at most while it runs, or "auto"; None: what the engine drafts
     deadline: float | None = None # of `time.monotonic`: the row ends then with what it has
     asked: dict | None = None # the question as it was given, see `AlignedDecoder.answers`
 

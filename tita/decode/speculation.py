@@ -51,8 +51,8 @@ class SpeculativeEngine(Engine):
         self.draft, self.pace, self.drafter = draft, pace or Pace(), self.experts[1]
         self.speculated = Speculated()
         self.others_lag = False # have the experts but the base tokens to read?
-        on_host = self.drafter.device.type == "cpu"
-        self.is_watched = draft == "auto" and on_host # elsewhere the device would wait for the host
+        self.is_auto = draft == "auto" # does the pace say how much is drafted, in this step?
+        self.is_watched = on_host = self.drafter.device.type == "cpu" # elsewhere the device would wait for the host
         self.clock = time.thread_time if on_host else time.perf_counter # not what other programs take
 
 # %% ../../nbs/decode/17_speculation.ipynb #38e31c60
@@ -85,7 +85,7 @@ def _write_draft(self: SpeculativeEngine, most: int) -> tuple[Tensor, list[Tenso
     while len(logits) < most and sum(use) >= least:
         logits.append(self.drafter.extend(slice(0, n), block[-1][:, None], len(logits))[:, 0, :self.vocab])
         block.append(self._guess(logits[-1], len(logits) - 1))
-        if self.is_watched:
+        if self.is_auto and self.is_watched:
             use = self._use(use, logits[-1], block[-1])
     return torch.stack(block, 1), logits
 
@@ -172,7 +172,7 @@ def _block(self: SpeculativeEngine, most: int) -> int: # tokens that were drafte
     "One step with a draft of at most so many tokens."
     block, drafted = self._write_draft(most)
     verdict, keep = self._verify(block, drafted)
-    if self.draft == "auto":
+    if self.is_auto:
         self._learn(verdict.targets, block[:, 1:].cpu(), keep)
     self._note(verdict, keep)
     self.speculated.blocks += 1
@@ -287,10 +287,11 @@ def _must_be_plain(self: SpeculativeEngine) -> bool:
 # %% ../../nbs/decode/17_speculation.ipynb #5b170018
 @patch
 def _draft_length(self: SpeculativeEngine) -> int:
-    "How many tokens are drafted next: at most what the row with most to say can use. Another's are cut where it ends."
-    n = self.n
-    wanted = self.pace.best(n, self.is_watched) if self.draft == "auto" else self.draft
-    return max(0, min(wanted, int((self.limit[:n] - self.count[:n]).max()) - 1))
+    "How many tokens are drafted next: at most what any row wishes, and what the row with most to say can use."
+    n, wishes = self.n, {self.draft if row.draft is None else row.draft for row in self.rows}
+    self.is_auto = "auto" in wishes
+    least = min(self.pace.best(n, self.is_watched) if w == "auto" else w for w in wishes)
+    return max(0, min(least, int((self.limit[:n] - self.count[:n]).max()) - 1))
 
 # %% ../../nbs/decode/17_speculation.ipynb #5b170023
 @patch
@@ -306,5 +307,5 @@ def _advance(self: SpeculativeEngine):
         length = self._block(length)
     else:
         super(SpeculativeEngine, self)._advance()
-    if self.draft == "auto":
+    if self.is_auto:
         self.pace.note_step(n, length, self.clock() - started)

@@ -88,7 +88,6 @@ def known(self: Service, name: str) -> str:
 def guidance(self: Service, chat: Chat) -> Guidance | None:
     "How this request is guided; of a base only the form is its own, which says what its tokens are worth."
     own, asked = self.models[self.known(chat.model)], chat.tita or Steer()
-    self._check_draft(asked.draft)
     if own is None:
         return None
     named = limits(asked.lam, asked.bound, asked.gate) | dict(form=asked.form)
@@ -101,13 +100,14 @@ def guidance(self: Service, chat: Chat) -> Guidance | None:
 
 # %% ../../nbs/serve/78_app.ipynb #78a00088
 @patch
-def _check_draft(self: Service, draft: int | str | None):
-    if draft is None:
-        return
-    check_draft(draft)
-    if draft != self.loop.draft:
-        cure = "leave it out, the answer is the same; tita-serve --draft sets it for all rows of a batch"
-        raise ApiError(400, f"tita.draft is {draft!r}, this server drafts {self.loop.draft!r}; {cure}", param="tita")
+def draft(self: Service, chat: Chat) -> int | str | None: # None: the server's
+    "How much is drafted at most while this answer is written. Raises `TitaError` for what means nothing."
+    asked = chat.tita and chat.tita.draft
+    if asked is not None:
+        check_draft(asked)
+    if asked == "lazy":
+        raise TitaError("draft='lazy' needs one bound for all rows, and here each has its own; take 'auto' or a number")
+    return asked
 
 # %% ../../nbs/serve/78_app.ipynb #78a00028
 @patch
@@ -126,7 +126,7 @@ async def jobs(self: Service, chat: Chat, inbox: asyncio.Queue) -> list[Awaited]
     if n > self.limits.samples:
         raise ApiError(400, f"n is {n}; at most {self.limits.samples} are given", param="n")
     try:
-        guidance, sampling = self.guidance(chat), self._sampling(chat)
+        guidance, sampling, draft = self.guidance(chat), self._sampling(chat), self.draft(chat)
     except TitaError as e:
         raise ApiError(400, str(e)) from None
     images = self.loop.warm.images.get(asked.name)
@@ -135,7 +135,7 @@ async def jobs(self: Service, chat: Chat, inbox: asyncio.Queue) -> list[Awaited]
     seed = secrets.randbits(63) if chat.seed is None else chat.seed
     top = (chat.top_logprobs or 0) if chat.logprobs else None
     return [Awaited(asked.question, images, sampling, guidance, lambda events, i=i: inbox.put_nowait((i, events)),
-        seed, i, top, asked.name) for i in range(n)]
+        seed, i, top, asked.name, draft=draft) for i in range(n)]
 
 # %% ../../nbs/serve/78_app.ipynb #78a00030
 class Exchange:

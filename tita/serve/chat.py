@@ -13,7 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 from urllib.parse import urlsplit
 from fastapi import HTTPException
 from fastcore.basics import patch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictInt
 from ..core import TitaError, open_image, whole_text
 from ..decode.engine import Output
 from ..decode.prompts import Talk
@@ -48,7 +48,7 @@ class Steer(BaseModel):
     bound: float | None = None # nats; 0 for none
     form: str | None = None
     gate: str | None = None # "none" for none
-    draft: int | str | None = None # rows share a batch: the server decides; the answers are the same
+    draft: StrictInt | str | None = None # tokens at most, or "auto"; rows of a batch take the least, answers stay
     rewards: bool = False # tell the reward of each token
 
 # %% ../../nbs/serve/77_chat.ipynb #77a00008

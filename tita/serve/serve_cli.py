@@ -136,6 +136,7 @@ def _needs(package: str, extra: str):
         raise TitaError(f"{package} is not installed; pip install 'tita[{extra}]'")
 
 # %% ../../nbs/serve/94_serve_cli.ipynb #79a00014
+_Split = option(bool, "split the base over the processes that torchrun has started", "--tensor-parallel")
 _Page = option(bool, "also serve a page to look inside answers, at /page", "--page")
 _Examples = option(Path, "a folder of images that the page offers [default: scenes, for the embedded pair]")
 
@@ -157,7 +158,7 @@ def serve(
     max_tokens: option(int, "of an answer at most", min=1) = 1024,
     warm: option(int, "megabytes of images that stay warm", min=0) = 256,
     draft: option(str, "tokens that the reward drafts: a number, or auto") = "0",
-    page: _Page = False, examples: _Examples = None,
+    page: _Page = False, examples: _Examples = None, tensor_parallel: _Split = False,
     image_host: option(list[str], "a host that images may be fetched from; may be repeated") = [],
     key_file: option(Path, "API keys, one a line [default: TITA_API_KEYS, or none]") = None,
     device: option(str, "cpu, cuda, or auto to spread a large model") = None,
@@ -165,6 +166,17 @@ def serve(
 ):
     "Serve aligned models behind an OpenAI-compatible interface."
     serve_models(SimpleNamespace(**locals()))
+
+# %% ../../nbs/serve/94_serve_cli.ipynb #79a00041
+def _decoder(o: SimpleNamespace) -> tuple: # and a `Channel`, where the base is split
+    named = (o.base, o.reward, o.ref), dict(form=o.form, lam=o.lam, bound=o.bound, gate=o.gate, dtype=o.dtype)
+    if o.tensor_parallel and o.device:
+        raise TitaError("with --tensor-parallel each process has a device of its own; leave --device out")
+    if o.tensor_parallel:
+        from tita.serve.mirror import Channel, load_split_decoder
+        return load_split_decoder(*named[0], **named[1]), Channel()
+    from tita.decode.ask import load_decoder
+    return load_decoder(*named[0], device=o.device, **named[1]), None
 
 # %% ../../nbs/serve/94_serve_cli.ipynb #79a00015
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -177,14 +189,14 @@ def build_app(
     _needs("fastapi", "serve")
     if o.page:
         _needs("gradio", "page")
-    from tita.decode.ask import load_decoder
     from tita.serve.app import create_app
     from tita.serve.chat import Limits
     from tita.serve.loop import Loop
     keys, shown = read_keys(o.key_file), _examples(o.examples, o.base) if o.page else {}
-    guided = dict(form=o.form, lam=o.lam, bound=o.bound, gate=o.gate)
-    decoder = load_decoder(o.base, o.reward, o.ref, device=o.device, dtype=o.dtype, **guided)
-    loop = Loop(decoder, o.slots, o.queue, o.seconds, o.warm << 20, int(o.draft) if o.draft.isdigit() else o.draft)
+    decoder, channel = _decoder(o)
+    mirrored = dict(wrap=channel.mirrored) if channel else {}
+    draft = int(o.draft) if o.draft.isdigit() else o.draft
+    loop = Loop(decoder, o.slots, o.queue, o.seconds, o.warm << 20, draft, **mirrored)
     app = create_app(loop, o.name, Limits(tokens=o.max_tokens, hosts=tuple(o.image_host)), keys)
     if o.page:
         from tita.serve.page import mount_page
@@ -194,8 +206,14 @@ def build_app(
 # %% ../../nbs/serve/94_serve_cli.ipynb #79a00039
 def serve_models(o: SimpleNamespace):
     "Serve until the process is told to end."
+    if o.tensor_parallel and int(os.environ.get("RANK", 0)):
+        return _be_of_use(o)
     app = build_app(o)
-    run_until_told(*make_server(app, o.host, o.port, lambda url: _tell(url, app.state.service.models, o.page)))
+    try:
+        run_until_told(*make_server(app, o.host, o.port, lambda url: _tell(url, app.state.service.models, o.page)))
+    finally:
+        if o.tensor_parallel:
+            app.state.service.loop.engine.say(None)
 
 def _tell(url: str, models, page: bool):
     print(f"tita-serve: {url} serves {', '.join(models)}", flush=True)
@@ -212,6 +230,14 @@ def _examples(folder: Path | None, base: str | None, most: int = 24) -> dict:
     if not paths:
         raise TitaError(f"{folder}: no image in it; name a folder with .png, .jpg or .webp files")
     return {p.name: open_image(p) for p in paths}
+
+# %% ../../nbs/serve/94_serve_cli.ipynb #79a00045
+def _be_of_use(o: SimpleNamespace):
+    "Take the steps of the first process until it ends."
+    from tita.serve.mirror import follow
+    for told in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(told, signal.SIG_IGN)
+    follow(*_decoder(o))
 
 # %% ../../nbs/serve/94_serve_cli.ipynb #79a00033
 def run_until_told(server, place):
