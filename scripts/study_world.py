@@ -50,7 +50,7 @@ def trained(model, pairs, out: Path, images: Path, seed: int, **more):
         return load_vlm(out, device="cpu")
     config = dpo_settings(len(pairs), seed=seed) | more
     model, _ = train_dpo(copy.deepcopy(model), tiny_processor(), pairs, images, out, resume=True, **config)
-    return model.eval()
+    return model.eval() if "peft_config" in more else load_vlm(out, device="cpu") # named by its folder from now on
 
 def pairs_of(model, out: Path, images: Path, seed: int, scenes: int) -> list:
     "Preference pairs from a reward's own answers to unlabelled scenes."
