@@ -36,12 +36,13 @@ from tita.world.embedded import tiny_processor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/"scripts"))
-from study_world import line, models_of  # how the rewards are trained
+from study_world import FIXED, line, models_of  # how the rewards are trained
 
 KINDS = "caption", "pope_adversarial", "color", "text"
 LAMS = .25, .5, 1., 2.
 HEATS = 1., .5 # temperatures of what is drawn
 BASE, FIRST, MEAN = "base", "λ=1", "mean, λ=0.5"
+OF_BASE = FIXED["base_dpo"].writes # DPO of the base, at the learning rate of its reward
 TITLES = dict(caption="captions: CHAIR_i, lower is better", pope_adversarial="POPE adversarial: accuracy",
     color="colours: accuracy", text="words on signs: accuracy", text_only="answers of the right form, no picture")
 
@@ -75,7 +76,7 @@ def drawn_at(models: dict, heat: float) -> dict: # name -> what makes its decode
 
 def decoders(models: dict) -> dict: # name -> what makes its decoder, and how it searches
     "Every system by its name."
-    alone = {BASE: "base", "reward alone, before DPO": "before", "reward alone": "after", "DPO of the base": "base_dpo"}
+    alone = {BASE: "base", "reward alone, before DPO": "before", "reward alone": "after", "DPO of the base": OF_BASE}
     made = {name: (partial(AlignedDecoder, models[m], processor=tiny_processor()), {}) for name, m in alone.items()}
     made |= {f"λ={lam:g}": (partial(aligned, models, lam), {}) for lam in LAMS}
     made[MEAN] = partial(averaged, models), {}
@@ -87,7 +88,7 @@ def decoders(models: dict) -> dict: # name -> what makes its decoder, and how it
 
 def system_names() -> list:
     "Every system's name, in the order of the tables."
-    return list(decoders(dict.fromkeys(("base", "before", "after", "base_dpo"))))
+    return list(decoders(dict.fromkeys(("base", "before", "after", OF_BASE))))
 
 
 def asked(seed: int, args) -> Path: # the folder with a run of each system
@@ -98,7 +99,7 @@ def asked(seed: int, args) -> Path: # the folder with a run of each system
         if (folder/"results.json").is_file() and read_run(folder)["scores"]:
             continue
         shutil.rmtree(folder, ignore_errors=True)
-        made = made or decoders(models_of(seed, args))
+        made = made or decoders(models_of(seed, args, {OF_BASE}))
         build, how = made[name]
         system, tasks = decoder_system(name, build(), **how), list(tasks_of(args.scenes).values())
         start = time.process_time()

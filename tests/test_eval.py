@@ -343,3 +343,17 @@ def test_the_table_of_methods_names_every_baseline():
     for name, method in BASELINES.items():
         assert method.paper.removeprefix("like ") in rows[name], name
         assert f", {method.plausibility:g} |" in rows[name] and f"{method.lam:g}" in rows[name], rows[name]
+
+@pytest.mark.slow
+def test_the_study_of_all_systems(tmp_path):
+    "Small: every system answers every task, its cost and figure are told; the same command again asks nothing."
+    folders = ["--runs", tmp_path/"runs", "--out", tmp_path/"results"]
+    small = ["--seed", 0, "--scenes", 6, "--pairs", 6]
+    command = [sys.executable, *map(str, [ROOT/"scripts"/"study_systems.py", *small, *folders])]
+    first, again = (subprocess.run(command, cwd=ROOT, capture_output=True, text=True) for _ in range(2))
+    assert not first.returncode and not again.returncode, (first.stderr + again.stderr)[-3000:]
+    found = json.loads((tmp_path/"results"/"study_systems.json").read_text())
+    published = json.loads((ROOT/"results"/"study_systems.json").read_text())
+    assert found["cost"].keys() == published["cost"].keys() # the systems
+    assert all(c["forwards"] for of in found["cost"].values() for c in of.values()) and "question" not in again.stderr
+    assert (tmp_path/"results"/"study_systems.png").read_bytes().startswith(b"\x89PNG")
