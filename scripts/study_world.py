@@ -12,8 +12,8 @@ and default are measured with them, and must come out as they stand. What is com
 nbs/studies/86_rivals.ipynb.
 """
 import argparse, copy, json, os
-from dataclasses import replace
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -52,17 +52,14 @@ def trained(model, pairs, out: Path, images: Path, seed: int, **more):
     model, _ = train_dpo(copy.deepcopy(model), tiny_processor(), pairs, images, out, resume=True, **config)
     return model.eval() if "peft_config" in more else load_vlm(out, device="cpu") # named by its folder from now on
 
-def pairs_of(model, out: Path, images: Path, seed: int, scenes: int) -> list:
-    "Preference pairs from a reward's own answers to unlabelled scenes."
-    probe = probe_rows(make_scenes(scenes, seed, "train"), images, seed=seed)
-    made = partial(preference_pairs, model, tiny_processor(), probe, images, out, seed=seed, further=further_rows)
-    return made()[0]
+def pairs_of(model, out: Path, images: Path, seed: int, scenes: int, kind: str = "probe", ahead: int = 0) -> list:
+    "Preference pairs from the answers of a model, or of an `AlignedDecoder`, to unlabelled scenes."
+    probe = probe_rows(make_scenes(scenes, seed + ahead, "train"), images, kind, seed=seed)
+    return preference_pairs(model, tiny_processor(), probe, images, out, seed=seed, further=further_rows)[0]
 
 def second_round(policy, model, out: Path, images: Path, seed: int, scenes: int):
     "DPO once more, on the answers of `policy` to scenes that the first round did not see."
-    probe = probe_rows(make_scenes(scenes, seed + 100, "train"), images, "second", seed=seed)
-    made = preference_pairs(policy, tiny_processor(), probe, images, out, seed=seed, further=further_rows)
-    return trained(model, made[0], out/"after", images, seed)
+    return trained(model, pairs_of(policy, out, images, seed, scenes, "second", 100), out/"after", images, seed)
 
 def weak_reward(base, out: Path, images: Path, seed: int, scenes: int):
     "A student that hardly learned, before and after DPO on pairs of its own."
@@ -197,7 +194,8 @@ def key(s: Rival) -> str:
 
 def kept(seed: int, args, what: str) -> Path:
     "Where measurements of a seed are kept."
-    return args.runs/f"seed{seed}"/"_".join([what, *args.systems])
+    name = Path(what)
+    return args.runs/f"seed{seed}"/("_".join([name.stem, *args.systems]) + name.suffix)
 
 def alike(seed: int, models: dict, args) -> dict: # whose reward -> shared probability
     "How far each reward, before DPO, agrees with the base on validation images: what the gate is set by."
@@ -320,7 +318,7 @@ def settings_added(now: dict, before: dict) -> dict: # as choose_default.json
     mine, theirs = (next(row for row in told["settings"] if row["setting"] == base) for told in (now, before))
     for seed, cells in theirs["cells"].items():
         same_as_before(mine["cells"][int(seed)], cells, f"validation, seed {seed}")
-    new = [row["setting"] for row in now["settings"]] + [vars(Rival(name)) for name in RATES]
+    new = [row["setting"] for row in now["settings"]]
     rows = [row for row in before["settings"] if row["setting"] not in new or row is theirs]
     rows += [row for row in now["settings"] if row is not mine]
     return before | dict(chosen=before["chosen"] | now["chosen"], settings=rows,
@@ -335,6 +333,9 @@ def told_added(added: dict) -> str:
 
 def choose(args):
     "Settings for everything, and a table of what was tried."
+    if args.systems:
+        same = dict(seeds=args.seed, pairs=args.pairs, valid=args.valid)
+        before = results_before(args, "choose_default.json", **same)
     make_all(args)
     measured = in_parallel(validated, args)
     rows = judged({seed: found for seed, (found, *_) in measured.items()})
@@ -348,8 +349,7 @@ def choose(args):
                 pairs=args.pairs, shared={seed: shared for seed, (*_, shared) in measured.items()}, settings=told,
                 run=run_info())
     if args.systems:
-        same = dict(seeds=args.seed, pairs=args.pairs, valid=args.valid)
-        made = settings_added(made, results_before(args, "choose_default.json", **same))
+        made = settings_added(made, before)
     write_json(args.out/"choose_default.json", made)
     shares = [f"seed {s} " + ", ".join(f"{k} {v:.2f}" for k, v in of.items()) for s, of in made["shared"].items()]
     print(write_text(args.out/"choose_default.md", CHOICE.format(
