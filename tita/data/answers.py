@@ -97,7 +97,7 @@ class LocalEngine:
     def __post_init__(self):
         is_aligned = isinstance(self.model, AlignedDecoder)
         self.decoder = self.model if is_aligned else AlignedDecoder(self.model, processor=self.processor)
-        self.model_name = self.model_name or name_of(self.decoder.base) + "-aligned" * is_aligned
+        self.model_name = self.model_name or " + ".join(map(name_of, [self.decoder.base, *self.decoder.rewards[:1]]))
         if isinstance(self.images, (str, Path)):
             self.images = ImageFolder(self.images)  # listed once
 

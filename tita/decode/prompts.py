@@ -187,11 +187,8 @@ def see(self: Encoder,
 @patch
 def _see_single(self: Encoder, images: dict, question: str):
     "Images that each stand alone in their prompts."
-    quick = self._see_without_text(list(images.values()))
-    if quick:
-        parts, spans = quick
-    else:
-        parts, spans = self._see_beside(list(images.values()), question)
+    pictures = list(images.values())
+    parts, spans = self._see_without_text(pictures) or self._see_beside(pictures, question)
     self.pixels.update(zip(images, parts))
     self.spans.update(zip(images, spans))
 

@@ -18,12 +18,11 @@ from prometheus_client.core import CounterMetricFamily
 from starlette.exceptions import HTTPException as AnyHTTPException
 from ..core import TitaError, whole_text
 from ..decode.ask import limits
-from ..decode.decoder import check_draft
 from ..decode.engine import Output
 from ..decode.guidance import FORMS, Guidance
 from .chat import ApiError, Chat, Choice, Limits, Steer
 from .chat import error_of, load_image, refuse_unhonoured, take_apart, usage_of
-from .loop import Awaited, Full, Loop, hand_over
+from .loop import Awaited, Full, Loop, check_row_draft, hand_over
 
 # %% ../../nbs/serve/78_app.ipynb #78a00025
 LOG = logging.getLogger("tita.serve")
@@ -104,9 +103,7 @@ def draft(self: Service, chat: Chat) -> int | str | None: # None: the server's
     "How much is drafted at most while this answer is written. Raises `TitaError` for what means nothing."
     asked = chat.tita and chat.tita.draft
     if asked is not None:
-        check_draft(asked)
-    if asked == "lazy":
-        raise TitaError("draft='lazy' needs one bound for all rows, and here each has its own; take 'auto' or a number")
+        check_row_draft(asked)
     return asked
 
 # %% ../../nbs/serve/78_app.ipynb #78a00028

@@ -16,7 +16,7 @@ from ..decode.ask import limits
 from ..decode.decoder import AlignedDecoder
 from ..decode.engine import Row
 from ..models import load_processor, load_vlm
-from .loop import Loop, Seat, seated_engine
+from .loop import Seat, seated_engine
 
 # %% ../../nbs/serve/93_mirror.ipynb #93a00007
 def processes() -> int:
@@ -59,7 +59,6 @@ class Channel:
     "What process 0 says all hear. Every process calls it as often as the first."
     def __init__(self):
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-        self.is_first = dist.get_rank() == 0
 
     def __call__(self, message=None): # the first's
         box = [message]
